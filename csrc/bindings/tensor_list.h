@@ -1,0 +1,88 @@
+// Tensors of the stable ABI as the plain data that kernels take, with the checks that keep memory
+// accesses safe. Everything a user can get wrong is said earlier, by the public functions.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <string>
+#include <vector>
+
+#include "common/tensor_list.h"
+
+namespace fastprune {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+
+inline ScoreKind score_kind(const std::string& score) {
+  if (score == "value") return ScoreKind::kValue;
+  if (score == "magnitude") return ScoreKind::kMagnitude;
+  STD_TORCH_CHECK(score == "saliency",
+                  "score must be 'value', 'magnitude' or 'saliency', got '", score, "'");
+  return ScoreKind::kSaliency;
+}
+
+inline DType dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::Double:
+      return DType::kFloat64;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, "values must be float32, float64, bfloat16 or float16");
+  }
+}
+
+inline bool same_layout(const Tensor& a, const Tensor& b) {
+  if (a.dim() != b.dim() || a.scalar_type() != b.scalar_type()) return false;
+  for (int64_t d = 0; d < a.dim(); ++d) {
+    if (a.size(d) != b.size(d)) return false;
+    if (a.size(d) != 1 && a.stride(d) != b.stride(d)) return false;
+  }
+  return true;
+}
+
+// `segmented`: each tensor is a selection of its own.
+inline std::vector<TensorEntry> tensor_entries(const Tensors& values, const Tensors& gradients,
+                                               ScoreKind kind, bool segmented) {
+  const bool saliency = kind == ScoreKind::kSaliency;
+  STD_TORCH_CHECK(gradients.size() == (saliency ? values.size() : 0),
+                  "gradients must have one tensor per value for score='saliency', else none");
+  std::vector<TensorEntry> entries(values.size());
+  int64_t position = 0;
+  for (size_t i = 0; i < values.size(); ++i) {
+    const Tensor& value = values[i];
+    TensorEntry& entry = entries[i];
+    entry.value = value.data_ptr();
+    entry.gradient = nullptr;
+    entry.numel = value.numel();
+    entry.first_position = segmented ? 0 : position;
+    entry.segment = segmented ? static_cast<int32_t>(i) : 0;
+    entry.dtype = dtype_of(value);
+    STD_TORCH_CHECK((entry.dtype == DType::kFloat64) == (dtype_of(values[0]) == DType::kFloat64),
+                    "values must be all float64 or none");
+    const auto sizes = value.sizes();
+    const auto strides = value.strides();
+    STD_TORCH_CHECK(make_layout(sizes.data(), strides.data(), static_cast<int>(sizes.size()),
+                                &entry.layout),
+                    "values[", i, "] must be dense in memory; call .contiguous() on it");
+    if (saliency) {
+      STD_TORCH_CHECK(same_layout(value, gradients[i]), "gradients[", i,
+                      "] must have the dtype, shape and strides of values[", i, "]");
+      entry.gradient = gradients[i].data_ptr();
+    }
+    position += entry.numel;
+  }
+  return entries;
+}
+
+}  // namespace fastprune

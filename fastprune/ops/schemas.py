@@ -1,0 +1,91 @@
+"""Every operator of the library: schema, specification, shapes. Nothing is implemented here.
+
+An operator is stated in one place and in one order: schema, default kernel (the plain-PyTorch
+reference, which serves every device), fake kernel. Native libraries and Triton only add kernels for
+their device, and `WINNERS` says which one a device uses when it is there.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+NAMESPACE = "fastprune"
+
+# Selections are piecewise constant in their inputs: no operator here has a derivative, so autograd
+# falls through and the reference runs without it.
+SCHEMAS = {
+    "select_threshold": (
+        "(Tensor[] values, Tensor[] gradients, Tensor num_kept, str score) -> "
+        "(Tensor threshold, Tensor num_ties, Tensor tie_end, Tensor non_finite)"
+    ),
+    "select_masks": (
+        "(Tensor[] values, Tensor[] gradients, Tensor threshold, Tensor tie_end, str score) -> "
+        "Tensor[]"
+    ),
+    "block_scores": (
+        "(Tensor[] values, Tensor[] gradients, str score, SymInt[2] block) -> Tensor[]"
+    ),
+}
+
+# The kernel that serves an operator where its library is built; the reference serves the rest.
+WINNERS = {
+    "select_threshold": {"CPU": "C++", "CUDA": "CUDA C++"},
+    "select_masks": {"CPU": "C++", "CUDA": "CUDA C++"},
+    "block_scores": {"CPU": "C++", "CUDA": "CUDA C++"},
+}
+
+
+def _select_threshold_fake(
+    values: Sequence[Tensor], gradients: Sequence[Tensor], num_kept: Tensor, score: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    double = any(v.dtype == torch.float64 for v in values)
+    threshold = num_kept.new_empty(num_kept.shape, dtype=torch.float64 if double else torch.float32)
+    non_finite = num_kept.new_empty((), dtype=torch.int32)
+    return threshold, torch.empty_like(num_kept), torch.empty_like(num_kept), non_finite
+
+
+def _select_masks_fake(
+    values: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    threshold: Tensor,
+    tie_end: Tensor,
+    score: str,
+) -> list[Tensor]:
+    return [torch.empty_like(v, dtype=torch.bool) for v in values]
+
+
+def _block_scores_fake(
+    values: Sequence[Tensor], gradients: Sequence[Tensor], score: str, block: Sequence[int]
+) -> list[Tensor]:
+    outputs, inputs = block
+    return [
+        v.new_empty(
+            (-(-v.shape[0] // outputs), -(-v.shape[1] // inputs), *v.shape[2:]),
+            dtype=torch.float64 if v.dtype == torch.float64 else torch.float32,
+        )
+        for v in values
+    ]
+
+
+FAKES = {
+    "select_threshold": _select_threshold_fake,
+    "select_masks": _select_masks_fake,
+    "block_scores": _block_scores_fake,
+}
+
+
+def _register() -> None:
+    for name, schema in SCHEMAS.items():
+        qualified = f"{NAMESPACE}::{name}"
+        default = torch.no_grad()(getattr(reference, name))
+        torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.impl(qualified, "CompositeExplicitAutograd", default)
+        torch.library.register_fake(qualified, FAKES[name])
+        _AUTOGRAD.impl(name, torch.library.fallthrough_kernel, "Autograd")
+
+
+_AUTOGRAD = torch.library.Library(NAMESPACE, "FRAGMENT")
+_register()
