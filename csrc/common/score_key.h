@@ -6,8 +6,12 @@
 
 #if defined(__CUDACC__)
 #define FASTPRUNE_INLINE __host__ __device__ __forceinline__
+#define FASTPRUNE_UNROLLED _Pragma("unroll")
+#define FASTPRUNE_ROLLED _Pragma("unroll 1")  // loops of 64-bit divisions are long on a GPU
 #else
 #define FASTPRUNE_INLINE inline
+#define FASTPRUNE_UNROLLED
+#define FASTPRUNE_ROLLED
 #endif
 
 namespace fastprune {

@@ -22,9 +22,11 @@ struct Layout {
 FASTPRUNE_INLINE int64_t position_of(const Layout& layout, int64_t offset) {
   if (layout.rank == 0) return offset;
   int64_t position = 0;
+  FASTPRUNE_ROLLED
   for (int d = 0; d < layout.rank; ++d) {
-    position += offset / layout.memory_stride[d] * layout.position_stride[d];
-    offset %= layout.memory_stride[d];
+    const int64_t index = offset / layout.memory_stride[d];
+    position += index * layout.position_stride[d];
+    offset -= index * layout.memory_stride[d];
   }
   return position;
 }
@@ -35,15 +37,18 @@ FASTPRUNE_INLINE int64_t offset_of(const Layout& layout, int64_t position) {
   if (layout.rank == 0) return position;
   int64_t offset = 0;
   int64_t bound = INT64_MAX;
+  FASTPRUNE_ROLLED
   for (int n = 0; n < layout.rank; ++n) {
     int d = -1;
+    FASTPRUNE_ROLLED
     for (int e = 0; e < layout.rank; ++e) {
       const bool candidate = layout.position_stride[e] < bound;
       if (candidate && (d < 0 || layout.position_stride[e] > layout.position_stride[d])) d = e;
     }
     bound = layout.position_stride[d];
-    offset += position / bound * layout.memory_stride[d];
-    position %= bound;
+    const int64_t index = position / bound;
+    offset += index * layout.memory_stride[d];
+    position -= index * bound;
   }
   return offset;
 }

@@ -20,11 +20,11 @@ namespace {
 
 constexpr int64_t kGrain = 4;                // chunks that are worth a thread
 constexpr int64_t kMinCapacity = 1 << 16;    // candidates kept at least; up to here no sampling
-constexpr int64_t kCapacityDivisor = 64;     // of the elements: 1/64 is 0.8% of fp32 w and g
-constexpr int64_t kSampleDivisor = 32;       // sampled elements: one in so many, but no more than
-constexpr int64_t kMaxSample = 1 << 17;
-constexpr int64_t kSampleRun = 8;            // neighbours, half a cache line of fp32
-constexpr double kSampleDeviations = 5;      // a bracket this wide misses once in a million
+constexpr int64_t kCapacityDivisor = 32;     // of the elements; memory is touched as it fills
+constexpr int64_t kSampleRun = 16;           // neighbours, a cache line of fp32
+constexpr int64_t kSampleDivisor = 512;      // runs: one for so many elements, but no more than
+constexpr int64_t kMaxRuns = 1 << 12;        // a run costs two page walks, a candidate next to none
+constexpr double kSampleDeviations = 4;
 
 // Keys low..high, both included.
 template <typename Key>
@@ -144,13 +144,13 @@ class Segment {
   // Where the rank-th largest of all keys should lie, from a sample spread evenly over the memory.
   // Pseudo-random shifts within each stride, so that no period of the data is met.
   Bracket<Key> sampled_bracket(int64_t rank) const {
-    const int64_t runs = std::min(kMaxSample, size_ / kSampleDivisor) / kSampleRun;
+    const int64_t runs = std::min(kMaxRuns, size_ / kSampleDivisor);
     std::vector<int64_t> ends;  // of the entries, in memory order of the list
     int64_t end = 0;
     for (const TensorEntry* e = begin_; e != end_; ++e) ends.push_back(end += e->numel);
     std::vector<Key> sample(runs * kSampleRun);
     const double stride = static_cast<double>(size_ - kSampleRun) / runs;
-    parallel_for_(runs, 1024, [&](int64_t first, int64_t last) {
+    parallel_for_(runs, 256, [&](int64_t first, int64_t last) {
       for (int64_t run = first; run < last; ++run) {
         const double shift = ((run * 0x9e3779b97f4a7c15u) >> 11) * 0x1p-53;
         const int64_t at = static_cast<int64_t>((run + shift) * stride);
@@ -168,14 +168,31 @@ class Segment {
 
   Bracket<Key> bracket_in_sample(const std::vector<Key>& sample, double fraction) const {
     const int64_t size = sample.size();
-    const double deviation = std::sqrt(size * fraction * (1 - fraction));
-    const double margin = kSampleDeviations * deviation + kSampleRun;
-    const auto first = static_cast<int64_t>(size * fraction - margin);
-    const auto last = static_cast<int64_t>(size * fraction + margin);
+    const auto key_at = [&](int64_t rank) {
+      return key_of_rank(sample.data(), size, Bracket<Key>{}, rank);
+    };
+    const auto middle = static_cast<int64_t>(size * fraction);
+    const double margin = kSampleDeviations * deviation(sample, key_at(middle)) + kSampleRun;
+    const auto first = static_cast<int64_t>(middle - margin);
+    const auto last = static_cast<int64_t>(middle + margin);
     Bracket<Key> bracket;
-    if (last < size) bracket.low = key_of_rank(sample.data(), size, Bracket<Key>{}, last);
-    if (first >= 0) bracket.high = key_of_rank(sample.data(), size, Bracket<Key>{}, first);
+    if (last < size) bracket.low = key_at(last);
+    if (first >= 0) bracket.high = key_at(first);
     return bracket;
+  }
+
+  // The standard deviation of the number of sampled keys above one, from what the runs say of it:
+  // neighbours resemble each other, so a formula for independent keys would promise too much.
+  static double deviation(const std::vector<Key>& sample, Key key) {
+    const int64_t runs = sample.size() / kSampleRun;
+    double sum = 0, sum_of_squares = 0;
+    for (int64_t run = 0; run < runs; ++run) {
+      const auto begin = sample.begin() + run * kSampleRun;
+      const double above = std::count_if(begin, begin + kSampleRun, [=](Key k) { return k > key; });
+      sum += above;
+      sum_of_squares += above * above;
+    }
+    return std::sqrt(std::max(0.0, sum_of_squares - sum * sum / runs));
   }
 
   // The pass over the data.

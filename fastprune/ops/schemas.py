@@ -5,7 +5,8 @@ reference, which serves every device), fake kernel. Native libraries and Triton 
 their device, and `WINNERS` says which one a device uses when it is there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,7 +71,7 @@ def _block_scores_fake(
     ]
 
 
-FAKES = {
+FAKES: dict[str, Callable[..., Any]] = {
     "select_threshold": _select_threshold_fake,
     "select_masks": _select_masks_fake,
     "block_scores": _block_scores_fake,

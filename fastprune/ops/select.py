@@ -112,14 +112,14 @@ def _blocked(
     values: list[Tensor], gradients: list[Tensor], score: Score, block: tuple[int, int]
 ) -> tuple[list[Tensor], list[Tensor], Score]:
     """What the selection chooses among: elements, or the scores of blocks."""
-    outputs, inputs = _checked_block(block)
+    outputs, inputs = checked_block(block)
     if (outputs, inputs) == (1, 1):
         return values, gradients, score
     for i, value in enumerate(values):
         if value.dim() < 2:
             raise ValueError(
-                f"scores[{i}] has {value.dim()} dimensions, but blocks of (outputs, inputs) need at "
-                "least 2; leave vectors out of the list or use block=(1, 1)"
+                f"scores[{i}] has {value.dim()} dimensions, but blocks of (outputs, inputs) need "
+                "at least 2; leave vectors out of the list or use block=(1, 1)"
             )
     sums = torch.ops.fastprune.block_scores(values, gradients, score, [outputs, inputs])
     return sums, [], "value"
@@ -217,7 +217,7 @@ def _check_pairs(values: Tensors, gradients: Tensors) -> None:
                 )
 
 
-def _checked_block(block: tuple[int, int]) -> tuple[int, int]:
+def checked_block(block: tuple[int, int]) -> tuple[int, int]:
     try:
         outputs, inputs = map(index, block)
     except (TypeError, ValueError):
@@ -266,9 +266,7 @@ def _host_count(name: str, count: int, total: int) -> int:
     return count
 
 
-def _device_count(
-    name: str, count: Tensor, shape: tuple[int, ...], device: torch.device
-) -> Tensor:
+def _device_count(name: str, count: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:
     if count.dtype != torch.int64:
         raise TypeError(f"{name} must be an int64 tensor, got {count.dtype}")
     if tuple(count.shape) != shape:

@@ -1,0 +1,27 @@
+"""fastprune: optimizers and kernels that prune neural networks."""
+
+from . import ops
+from .masks import MaskSet, num_kept
+from .methods import magnitude
+from .ops import (
+    build_info,
+    global_topk,
+    global_topk_masks,
+    layer_topk,
+    layer_topk_masks,
+    use_reference,
+)
+
+__all__ = [
+    "MaskSet",
+    "build_info",
+    "global_topk",
+    "global_topk_masks",
+    "layer_topk",
+    "layer_topk_masks",
+    "magnitude",
+    "num_kept",
+    "ops",
+    "use_reference",
+]
+__version__ = "0.1.0"
