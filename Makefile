@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --no-compile -c constraints.txt
 INSTALLED := $(VENV)/.installed
 BUILT := build/.built-$(FASTPRUNE_BUILD)
-CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc')
+CXX_FILES = $(shell find csrc bench tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc')
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint format bench evidence clean
@@ -57,6 +57,7 @@ format: $(INSTALLED) ## format Python and C++
 
 bench: setup ## measure against the rivals
 	$(BIN)/python -m bench.run
+	$(BIN)/python -m pytest bench/test_micro.py
 
 evidence: setup ## run the long experiments behind each claim
 	$(BIN)/python -m bench.evidence

@@ -128,9 +128,7 @@ def _ordered_sum(x: Tensor, dim: int) -> Tensor:
     return total
 
 
-def _flat_scores(
-    values: Sequence[Tensor], gradients: Sequence[Tensor], score: str
-) -> list[Tensor]:
+def _flat_scores(values: Sequence[Tensor], gradients: Sequence[Tensor], score: str) -> list[Tensor]:
     return [
         element_scores(v, gradients[i] if gradients else None, score).reshape(-1)
         for i, v in enumerate(values)

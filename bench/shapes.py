@@ -1,0 +1,43 @@
+"""Lists of tensor shapes the cases run on."""
+
+from collections.abc import Iterator
+from math import prod
+
+Shape = tuple[int, ...]
+
+
+def resnet50() -> list[Shape]:
+    """ResNet-50's 161 parameter tensors in torchvision's order: 25,557,032 elements."""
+    return list(_resnet50())
+
+
+def _resnet50() -> Iterator[Shape]:
+    yield from _convolution(64, 3, 7)
+    inputs = 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            yield from _convolution(width, inputs, 1)
+            yield from _convolution(width, width, 3)
+            yield from _convolution(4 * width, width, 1)
+            if block == 0:
+                yield from _convolution(4 * width, inputs, 1)
+            inputs = 4 * width
+    yield from ((1000, 2048), (1000,))
+
+
+def _convolution(outputs: int, inputs: int, kernel: int) -> Iterator[Shape]:
+    yield (outputs, inputs, kernel, kernel)
+    yield from ((outputs,), (outputs,))  # batch norm
+
+
+# Odd sizes, so that vector tails and ragged blocks run in the smoke tests too.
+TINY: list[Shape] = [(33, 7, 3, 3), (33,), (17, 5), (1,), (64, 33, 1, 1), (127,)]
+
+
+def elements350m() -> list[Shape]:
+    """350 million elements: about a ViT-Large with a few hundred parameter tensors."""
+    return [(1000, 1000)] * 350
+
+
+def count(shapes: list[Shape]) -> int:
+    return sum(map(prod, shapes))
