@@ -1,6 +1,7 @@
 """Exact top-k selection over a list of tensors that are never concatenated."""
 
 from collections.abc import Sequence
+from math import prod
 from operator import index
 from typing import Literal, NamedTuple
 
@@ -12,7 +13,7 @@ from .reference.select import NAN_SEEN
 Score = Literal["value", "magnitude", "saliency"]
 Tensors = Sequence[Tensor]
 
-SCORES = ("value", "magnitude", "saliency")
+SCORED = {"value": "scores", "magnitude": "weights", "saliency": "weight * gradient"}
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -73,9 +74,9 @@ def global_topk_masks(
     counts blocks. See `global_topk` for `score`, ties and a `num_kept` on the device.
     """
     values, pairs = _checked_lists(scores, gradients, score)
-    elements, pairs, kind = _blocked(values, pairs, score, block)
+    elements, pairs, kind, what = _blocked(values, pairs, score, block)
     k = _one_count(num_kept, sum(v.numel() for v in elements), _device_of(values))
-    return _expanded(_masks(elements, pairs, k, kind), values, block)
+    return _expanded(_masks(elements, pairs, k, kind, what), values, block)
 
 
 def layer_topk_masks(
@@ -88,20 +89,24 @@ def layer_topk_masks(
 ) -> list[Tensor]:
     """Like `global_topk_masks`, but in each tensor on its own: one count per tensor."""
     values, pairs = _checked_lists(scores, gradients, score)
-    elements, pairs, kind = _blocked(values, pairs, score, block)
+    elements, pairs, kind, what = _blocked(values, pairs, score, block)
     k = _many_counts(nums_kept, [v.numel() for v in elements], _device_of(values))
-    return _expanded(_masks(elements, pairs, k, kind), values, block)
+    return _expanded(_masks(elements, pairs, k, kind, what), values, block)
 
 
-def _select(values: Tensors, gradients: Tensors, num_kept: Tensor, score: Score) -> Selection:
+def _select(
+    values: Tensors, gradients: Tensors, num_kept: Tensor, score: Score, what: str = ""
+) -> Selection:
     result = torch.ops.fastprune.select_threshold(values, gradients, num_kept, score)
     selection = Selection(*result)
-    _raise_on_nan(selection, score)
+    _raise_on_nan(selection, what or SCORED[score])
     return selection
 
 
-def _masks(values: Tensors, gradients: Tensors, num_kept: Tensor, score: Score) -> list[Tensor]:
-    chosen = _select(values, gradients, num_kept, score)
+def _masks(
+    values: Tensors, gradients: Tensors, num_kept: Tensor, score: Score, what: str
+) -> list[Tensor]:
+    chosen = _select(values, gradients, num_kept, score, what)
     masks: list[Tensor] = torch.ops.fastprune.select_masks(
         values, gradients, chosen.threshold, chosen.tie_end, score
     )
@@ -110,11 +115,11 @@ def _masks(values: Tensors, gradients: Tensors, num_kept: Tensor, score: Score) 
 
 def _blocked(
     values: list[Tensor], gradients: list[Tensor], score: Score, block: tuple[int, int]
-) -> tuple[list[Tensor], list[Tensor], Score]:
-    """What the selection chooses among: elements, or the scores of blocks."""
+) -> tuple[list[Tensor], list[Tensor], Score, str]:
+    """What the selection chooses among, elements or the sums of blocks, and what to call it."""
     outputs, inputs = checked_block(block)
     if (outputs, inputs) == (1, 1):
-        return values, gradients, score
+        return values, gradients, score, SCORED[score]
     for i, value in enumerate(values):
         if value.dim() < 2:
             raise ValueError(
@@ -122,7 +127,7 @@ def _blocked(
                 "at least 2; leave vectors out of the list or use block=(1, 1)"
             )
     sums = torch.ops.fastprune.block_scores(values, gradients, score, [outputs, inputs])
-    return sums, [], "value"
+    return sums, [], "value", f"a block's sum of {SCORED[score]}"
 
 
 def _expanded(masks: list[Tensor], values: Tensors, block: tuple[int, int]) -> list[Tensor]:
@@ -133,11 +138,12 @@ def _expanded(masks: list[Tensor], values: Tensors, block: tuple[int, int]) -> l
     expanded = []
     for mask, value in zip(masks, values, strict=True):
         rows = mask.repeat_interleave(outputs, 0)[: value.shape[0]]
-        expanded.append(rows.repeat_interleave(inputs, 1)[:, : value.shape[1]].contiguous())
+        elements = rows.repeat_interleave(inputs, 1)[:, : value.shape[1]]
+        expanded.append(torch.empty_like(value, dtype=torch.bool).copy_(elements))
     return expanded
 
 
-def _raise_on_nan(selection: Selection, score: Score) -> None:
+def _raise_on_nan(selection: Selection, what: str) -> None:
     """Reads one flag from the device, so it is left out where that is impossible."""
     flag = selection.non_finite
     if torch.compiler.is_compiling():
@@ -145,10 +151,9 @@ def _raise_on_nan(selection: Selection, score: Score) -> None:
     if flag.is_cuda and torch.cuda.is_current_stream_capturing():
         return
     if int(flag) & NAN_SEEN:
-        source = {"value": "scores", "magnitude": "weights", "saliency": "weight * gradient"}
         raise ValueError(
-            f"{source[score]} must not contain NaN, but at least one element does; look for the "
-            "step that diverged (torch.autograd.detect_anomaly), or drop NaNs by torch.nan_to_num"
+            f"{what} must not be NaN, but at least one is; look for the step that diverged "
+            "(torch.autograd.detect_anomaly), or replace NaNs with torch.nan_to_num"
         )
 
 
@@ -156,8 +161,8 @@ def _checked_lists(
     values: Tensors, gradients: Tensors | None, score: Score
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Detached dense tensors; each gradient laid out like its weight."""
-    if score not in SCORES:
-        raise ValueError(f"score must be one of {', '.join(map(repr, SCORES))}, got {score!r}")
+    if score not in SCORED:
+        raise ValueError(f"score must be one of {', '.join(map(repr, SCORED))}, got {score!r}")
     _check_tensors("scores", values)
     if (gradients is None) == (score == "saliency"):
         raise ValueError(
@@ -215,6 +220,12 @@ def _check_pairs(values: Tensors, gradients: Tensors) -> None:
                     f"gradients[{i}] must have the {what} of its weight, {getattr(value, what)}, "
                     f"got {getattr(gradient, what)}"
                 )
+
+
+def num_blocks(shape: Sequence[int], block: tuple[int, int]) -> int:
+    """Blocks at the edges may be smaller than the others."""
+    outputs, inputs = block
+    return -(-shape[0] // outputs) * -(-shape[1] // inputs) * prod(shape[2:])
 
 
 def checked_block(block: tuple[int, int]) -> tuple[int, int]:

@@ -1,0 +1,129 @@
+"""The demonstration: exact counts, the same result twice, and no more than is true."""
+
+import builtins
+import contextlib
+import io
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fastprune.masks import num_kept
+from fastprune.train import accuracy, load_digits, train
+from fastprune.train.console import arrow, bar
+from fastprune.train.demo import METHODS, SPARSITIES, DemoResult, digits_cnn, run_demo
+
+SHORT: dict[str, Any] = {"epochs": 2, "seed": 3, "shapes": [(64, 64)]}
+
+
+@pytest.fixture(scope="module")
+def printed() -> tuple[DemoResult, str]:
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        result = run_demo(**SHORT)
+    return result, out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def result(printed: tuple[DemoResult, str]) -> DemoResult:
+    return printed[0]
+
+
+def test_the_network_learns_and_every_row_has_its_exact_count(result: DemoResult) -> None:
+    assert result.dense_accuracy > 0.9
+    assert [(r.method, r.asked) for r in result.rows] == [
+        (method, sparsity) for method in METHODS for sparsity in SPARSITIES
+    ]
+    for row in result.rows:
+        _, block = METHODS[row.method]
+        if block == (1, 1):
+            assert row.masks.num_kept == num_kept(row.asked, 25_744)
+        assert abs(row.masks.sparsity - row.asked) < 0.02
+    by_method = {m: [r.accuracy for r in result.rows if r.method == m] for m in METHODS}
+    assert all(found[0] > found[-1] for found in by_method.values())
+
+
+def test_the_same_seed_gives_the_same_rows(result: DemoResult) -> None:
+    again = run_demo(**SHORT)
+    assert again.dense_accuracy == result.dense_accuracy
+    for row, same in zip(result.rows, again.rows, strict=True):
+        assert row.masks == same.masks and row.accuracy == same.accuracy
+
+
+def test_what_is_printed(printed: tuple[DemoResult, str]) -> None:
+    result, out = printed
+    assert out.startswith("training a small CNN on 1,400 digits: 2 epochs, loss ")
+    for row in result.rows:
+        assert f"{row.masks.num_kept:,}" in out
+        assert f"{result.dense_accuracy:.1%} {arrow()} {row.accuracy:.1%}" in out
+    assert "torch.cat + kthvalue" in out and "x as fast" in out
+    assert "These zeros are written, not removed" in out
+    assert "select_threshold" in out
+    tables = out.split("Exact threshold")[0]
+    assert max(map(len, tables.splitlines()[1:])) <= 80
+
+
+def test_digits_are_split_once_each_and_by_the_seed() -> None:
+    digits = load_digits(0)
+    assert [len(t) for t in digits] == [1400, 1400, 397, 397]
+    assert digits.train_images.shape[1:] == (1, 8, 8)
+    everything = torch.cat([digits.train_images, digits.test_images])
+    other = load_digits(1)
+    shuffled = torch.cat([other.train_images, other.test_images])
+    assert not torch.equal(everything, shuffled)
+    assert torch.equal(*(t.flatten(1).sum(1).sort().values for t in (everything, shuffled)))
+    assert (float(everything.min()), float(everything.max())) == (0.0, 1.0)
+    assert torch.equal(load_digits(0).test_labels, digits.test_labels)
+
+
+def test_missing_scikit_learn_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    real_import = builtins.__import__
+
+    def without_sklearn(name: str, *args: Any) -> Any:
+        if name.startswith("sklearn"):
+            raise ImportError(name)
+        return real_import(name, *args)
+
+    monkeypatch.setattr(builtins, "__import__", without_sklearn)
+    with pytest.raises(ImportError, match="pip install scikit-learn"):
+        load_digits()
+
+
+def test_a_training_step_is_that_of_the_optimizer_and_the_last_batch_counts() -> None:
+    torch.manual_seed(0)
+    images, labels = torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 1])
+    model = nn.Linear(3, 2)
+    expected = nn.Linear(3, 2)
+    expected.load_state_dict(model.state_dict())
+    losses = train(
+        model, torch.optim.SGD(model.parameters(), 0.1), images, labels, epochs=1, batch_size=3
+    )
+    order = torch.randperm(5, generator=torch.Generator().manual_seed(0))
+    optimizer, total = torch.optim.SGD(expected.parameters(), 0.1), 0.0
+    for batch in (order[:3], order[3:]):
+        loss = nn.functional.cross_entropy(expected(images[batch]), labels[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        total += loss.item() * len(batch)
+    assert torch.equal(model.weight, expected.weight)
+    assert losses == pytest.approx([total / 5])
+
+
+def test_accuracy_evaluates_and_puts_the_mode_back() -> None:
+    images, labels = torch.eye(4), torch.tensor([0, 1, 2, 0])
+    model = nn.Sequential(nn.Dropout(1.0), nn.Identity())
+    assert accuracy(model, images, labels, batch_size=3) == 0.75
+    assert model.training
+
+
+def test_the_network_has_the_size_its_docstring_says() -> None:
+    assert sum(p.numel() for p in digits_cnn().parameters() if p.dim() > 1) == 25_744
+
+
+@pytest.mark.parametrize(
+    ("fraction", "text"), [(0, "····"), (1, "████"), (0.5, "██··"), (0.001, "▏···")]
+)
+def test_bars(fraction: float, text: str) -> None:
+    assert bar(fraction) == text
