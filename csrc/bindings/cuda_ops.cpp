@@ -1,0 +1,172 @@
+// The CUDA operators on the LibTorch stable ABI: unpack tensors, launch, hand back the results.
+// With FASTPRUNE_SIM the same code serves the simulator, as operators on CPU tensors.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include <tuple>
+
+#include "bindings/tensor_list.h"
+#include "cuda/select.h"
+
+namespace fastprune {
+namespace {
+
+#if defined(FASTPRUNE_SIM)
+struct Device {
+  explicit Device(const Tensor&) {}
+  Stream stream = nullptr;
+  int max_blocks = 3;  // so that a block has several chunks
+};
+#else
+// Makes the tensor's device the current one as long as it lives.
+struct Device {
+  explicit Device(const Tensor& tensor) : guard(tensor.get_device_index()) {
+    const int32_t index = tensor.get_device_index();
+    void* current = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &current));
+    stream = static_cast<Stream>(current);
+    int multiprocessors = 0;
+    check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index),
+               "asking for the number of multiprocessors", __FILE__, __LINE__);
+    // As many as are resident at once: a block more would begin when the others have finished.
+    constexpr int kBlocksPerMultiprocessor = 4;
+    max_blocks = kBlocksPerMultiprocessor * multiprocessors;
+  }
+  torch::stable::accelerator::DeviceGuard guard;
+  Stream stream;
+  int max_blocks;
+};
+#endif
+
+void check_same_device(const Tensor& tensor, const Tensor& expected, const char* name) {
+  STD_TORCH_CHECK(tensor.is_cuda() == expected.is_cuda() &&
+                      tensor.get_device_index() == expected.get_device_index(),
+                  name, " must be on the device of the other tensors");
+}
+
+void check_same_device(const Tensors& tensors, const Tensor& expected, const char* name) {
+  for (const Tensor& tensor : tensors) check_same_device(tensor, expected, name);
+}
+
+ScalarType score_dtype(const Tensors& values) {
+  const bool is_double = !values.empty() && values[0].scalar_type() == ScalarType::Double;
+  return is_double ? ScalarType::Double : ScalarType::Float;
+}
+
+// The caching allocator gives it to others only in the order of the stream.
+Tensor empty_scratch(const Tensor& like, size_t bytes) {
+  return torch::stable::new_empty(like, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> select_threshold_cuda(Tensors values, Tensors gradients,
+                                                                 Tensor num_kept,
+                                                                 std::string score) {
+  const ScoreKind kind = score_kind(score);
+  const bool segmented = num_kept.dim() > 0;
+  STD_TORCH_CHECK(num_kept.scalar_type() == ScalarType::Long, "num_kept must be an int64 tensor");
+  STD_TORCH_CHECK(!segmented || (num_kept.dim() == 1 &&
+                                 num_kept.numel() == static_cast<int64_t>(values.size())),
+                  "num_kept must be a scalar or hold one count per tensor");
+  check_same_device(values, num_kept, "values");
+  check_same_device(gradients, num_kept, "gradients");
+  const Device device(num_kept);
+  const Tensor counts = torch::stable::contiguous(num_kept);
+  const std::vector<TensorEntry> entries = tensor_entries(values, gradients, kind, segmented);
+
+  Tensor threshold = torch::stable::new_empty(counts, counts.sizes(), score_dtype(values));
+  Tensor num_ties = torch::stable::new_empty(counts, counts.sizes());
+  Tensor tie_end = torch::stable::new_empty(counts, counts.sizes());
+  Tensor non_finite = torch::stable::new_empty(counts, {}, ScalarType::Int);
+  const Tensor scratch = empty_scratch(counts, select_threshold_scratch(entries, segmented));
+  const SelectionResult result{threshold.data_ptr(), num_ties.mutable_data_ptr<int64_t>(),
+                               tie_end.mutable_data_ptr<int64_t>(),
+                               non_finite.mutable_data_ptr<int32_t>()};
+  select_threshold(entries, segmented, kind, counts.const_data_ptr<int64_t>(), result,
+                   scratch.data_ptr(), device.max_blocks, device.stream);
+  return {threshold, num_ties, tie_end, non_finite};
+}
+
+Tensor empty_mask_like(const Tensor& value) {
+  int32_t device_type;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(value.get(), &device_type));
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(value.dim(), value.sizes().data(),
+                                                  value.strides().data(), aoti_torch_dtype_bool(),
+                                                  device_type, value.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+Tensors select_masks_cuda(Tensors values, Tensors gradients, Tensor threshold, Tensor tie_end,
+                          std::string score) {
+  const ScoreKind kind = score_kind(score);
+  const bool segmented = threshold.dim() > 0;
+  STD_TORCH_CHECK(
+      threshold.scalar_type() == score_dtype(values) && tie_end.scalar_type() == ScalarType::Long,
+      "threshold must have the dtype of the scores and tie_end int64");
+  STD_TORCH_CHECK(threshold.numel() == (segmented ? static_cast<int64_t>(values.size()) : 1) &&
+                      tie_end.numel() == threshold.numel(),
+                  "threshold and tie_end must be scalars or hold one number per tensor");
+  check_same_device(values, threshold, "values");
+  check_same_device(gradients, threshold, "gradients");
+  check_same_device(tie_end, threshold, "tie_end");
+  const Device device(threshold);
+  const Tensor limits = torch::stable::contiguous(threshold);
+  const Tensor ends = torch::stable::contiguous(tie_end);
+  const std::vector<TensorEntry> entries = tensor_entries(values, gradients, kind, segmented);
+
+  Tensors masks;
+  std::vector<bool*> bits;
+  for (const Tensor& value : values) {
+    masks.push_back(empty_mask_like(value));
+    bits.push_back(static_cast<bool*>(masks.back().data_ptr()));
+  }
+  const Tensor scratch = empty_scratch(limits, select_masks_scratch(entries));
+  select_masks(entries, kind, limits.data_ptr(), ends.const_data_ptr<int64_t>(), bits,
+               scratch.data_ptr(), device.max_blocks, device.stream);
+  return masks;
+}
+
+int64_t num_blocks(int64_t size, int64_t block) { return size / block + (size % block != 0); }
+
+Tensors block_scores_cuda(Tensors values, Tensors gradients, std::string score,
+                          std::vector<int64_t> block) {
+  const ScoreKind kind = score_kind(score);
+  STD_TORCH_CHECK(block.size() == 2 && block[0] > 0 && block[1] > 0,
+                  "block must be two positive integers (outputs, inputs)");
+  if (values.empty()) return {};
+  check_same_device(values, values[0], "values");
+  check_same_device(gradients, values[0], "gradients");
+  const Device device(values[0]);
+  const std::vector<TensorEntry> entries = tensor_entries(values, gradients, kind, false);
+
+  Tensors all_sums;
+  std::vector<BlockedWeight> weights;
+  for (size_t i = 0; i < values.size(); ++i) {
+    STD_TORCH_CHECK(values[i].dim() >= 2, "values[", i, "] must have at least 2 dimensions");
+    std::vector<int64_t> shape(values[i].sizes().begin(), values[i].sizes().end());
+    BlockedWeight weight{entries[i], shape[0], shape[1], 1, nullptr};
+    for (size_t d = 2; d < shape.size(); ++d) weight.taps *= shape[d];
+    shape[0] = num_blocks(shape[0], block[0]);
+    shape[1] = num_blocks(shape[1], block[1]);
+    all_sums.push_back(torch::stable::new_empty(values[i], shape, score_dtype(values)));
+    weight.sums = all_sums.back().data_ptr();
+    weights.push_back(weight);
+  }
+  const Tensor scratch = empty_scratch(values[0], block_scores_scratch(weights));
+  block_scores(weights, kind, block[0], block[1], scratch.data_ptr(), device.max_blocks,
+               device.stream);
+  return all_sums;
+}
+
+}  // namespace
+}  // namespace fastprune
+
+#if defined(FASTPRUNE_SIM)
+STABLE_TORCH_LIBRARY_IMPL(fastprune_sim, CPU, m) {
+#else
+STABLE_TORCH_LIBRARY_IMPL(fastprune, CUDA, m) {
+#endif
+  m.impl("select_threshold", TORCH_BOX(&fastprune::select_threshold_cuda));
+  m.impl("select_masks", TORCH_BOX(&fastprune::select_masks_cuda));
+  m.impl("block_scores", TORCH_BOX(&fastprune::block_scores_cuda));
+}
