@@ -41,7 +41,7 @@ demo: setup ## prune a small network and report what it bought
 
 # Triton reads TRITON_INTERPRET when it is imported: hence a process of its own.
 test: setup ## run the tests
-	$(BIN)/python -m pytest --ignore=tests/triton
+	$(BIN)/python -m pytest
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton
 
 lint: $(INSTALLED) ## check style, types and formatting

@@ -33,9 +33,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> select_threshold_cpu(Tensors values, 
   const std::vector<TensorEntry> entries = tensor_entries(values, gradients, kind, segmented);
   const int64_t segments = num_kept.numel();
   std::vector<Threshold> found(segments);
-  const int32_t flags = select_threshold(entries.data(), entries.size(), kind,
-                                         num_kept.const_data_ptr<int64_t>(), segments, kParallelFor,
-                                         found.data());
+  const int32_t flags =
+      select_threshold(entries.data(), entries.size(), kind, num_kept.const_data_ptr<int64_t>(),
+                       segments, kParallelFor, found.data());
 
   const bool is_double = any_double(values);
   Tensor threshold = torch::stable::new_empty(num_kept, num_kept.sizes(),
@@ -59,9 +59,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> select_threshold_cpu(Tensors values, 
 Tensor empty_mask_like(const Tensor& value) {
   AtenTensorHandle handle;
   const auto strides = value.strides();
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      value.dim(), value.sizes().data(), strides.data(), aoti_torch_dtype_bool(),
-      aoti_torch_device_type_cpu(), 0, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(value.dim(), value.sizes().data(), strides.data(),
+                                                  aoti_torch_dtype_bool(),
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 
@@ -79,8 +79,8 @@ Tensors select_masks_cpu(Tensors values, Tensors gradients, Tensor threshold, Te
                   "threshold and tie_end must be scalars or hold one number per tensor");
   std::vector<Threshold> limits(threshold.numel());
   for (size_t s = 0; s < limits.size(); ++s) {
-    limits[s].score = is_double ? threshold.const_data_ptr<double>()[s]
-                                : threshold.const_data_ptr<float>()[s];
+    limits[s].score =
+        is_double ? threshold.const_data_ptr<double>()[s] : threshold.const_data_ptr<float>()[s];
     limits[s].tie_end = tie_end.const_data_ptr<int64_t>()[s];
   }
   const std::vector<TensorEntry> entries = tensor_entries(values, gradients, kind, segmented);

@@ -22,8 +22,8 @@ using Tensors = std::vector<Tensor>;
 inline ScoreKind score_kind(const std::string& score) {
   if (score == "value") return ScoreKind::kValue;
   if (score == "magnitude") return ScoreKind::kMagnitude;
-  STD_TORCH_CHECK(score == "saliency",
-                  "score must be 'value', 'magnitude' or 'saliency', got '", score, "'");
+  STD_TORCH_CHECK(score == "saliency", "score must be 'value', 'magnitude' or 'saliency', got '",
+                  score, "'");
   return ScoreKind::kSaliency;
 }
 
@@ -72,9 +72,9 @@ inline std::vector<TensorEntry> tensor_entries(const Tensors& values, const Tens
                     "values must be all float64 or none");
     const auto sizes = value.sizes();
     const auto strides = value.strides();
-    STD_TORCH_CHECK(make_layout(sizes.data(), strides.data(), static_cast<int>(sizes.size()),
-                                &entry.layout),
-                    "values[", i, "] must be dense in memory; call .contiguous() on it");
+    STD_TORCH_CHECK(
+        make_layout(sizes.data(), strides.data(), static_cast<int>(sizes.size()), &entry.layout),
+        "values[", i, "] must be dense in memory; call .contiguous() on it");
     if (saliency) {
       STD_TORCH_CHECK(same_layout(value, gradients[i]), "gradients[", i,
                       "] must have the dtype, shape and strides of values[", i, "]");

@@ -14,7 +14,7 @@ namespace fastprune {
 constexpr int kMaxLayoutDims = 5;
 
 struct Layout {
-  int32_t rank = 0;  // 0: memory order is row-major order
+  int32_t rank = 0;                            // 0: memory order is row-major order
   int64_t memory_stride[kMaxLayoutDims] = {};  // descending
   int64_t position_stride[kMaxLayoutDims] = {};
 };

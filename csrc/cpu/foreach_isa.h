@@ -32,10 +32,10 @@
 #undef FASTPRUNE_ISA
 #undef FASTPRUNE_ISA_LEVEL
 
-#define FASTPRUNE_FOR_ISA(isa, name)                                     \
-  ((isa) == Isa::Avx512 ? ::fastprune::avx512::name                      \
-                        : (isa) == Isa::Avx2 ? ::fastprune::avx2::name   \
-                                             : ::fastprune::baseline::name)
+#define FASTPRUNE_FOR_ISA(isa, name)                \
+  ((isa) == Isa::Avx512 ? ::fastprune::avx512::name \
+   : (isa) == Isa::Avx2 ? ::fastprune::avx2::name   \
+                        : ::fastprune::baseline::name)
 #else
 #define FASTPRUNE_FOR_ISA(isa, name) ((void)(isa), ::fastprune::baseline::name)
 #endif

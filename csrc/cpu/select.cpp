@@ -18,12 +18,12 @@
 namespace fastprune {
 namespace {
 
-constexpr int64_t kGrain = 4;                // chunks that are worth a thread
-constexpr int64_t kMinCapacity = 1 << 16;    // candidates kept at least; up to here no sampling
-constexpr int64_t kCapacityDivisor = 32;     // of the elements; memory is touched as it fills
-constexpr int64_t kSampleRun = 16;           // neighbours, a cache line of fp32
-constexpr int64_t kSampleDivisor = 512;      // runs: one for so many elements, but no more than
-constexpr int64_t kMaxRuns = 1 << 12;        // a run costs two page walks, a candidate next to none
+constexpr int64_t kGrain = 4;              // chunks that are worth a thread
+constexpr int64_t kMinCapacity = 1 << 16;  // candidates kept at least; up to here no sampling
+constexpr int64_t kCapacityDivisor = 32;   // of the elements; memory is touched as it fills
+constexpr int64_t kSampleRun = 16;         // neighbours, a cache line of fp32
+constexpr int64_t kSampleDivisor = 512;    // runs: one for so many elements, but no more than
+constexpr int64_t kMaxRuns = 1 << 12;      // a run costs two page walks, a candidate next to none
 constexpr double kSampleDeviations = 4;
 
 // Keys low..high, both included.
@@ -67,25 +67,27 @@ class Histogram {
   std::vector<int64_t> bins_;
 };
 
-// The rank-th largest (from 0) of keys that lie in the bracket. The keys stay as they are: their
-// order tells which chunk they came from.
+// The rank-th largest (from 0) of keys that all lie in the bracket; they are left as they are.
 template <typename Key>
-Key key_of_rank(const Key* keys, int64_t size, Bracket<Key> bracket, int64_t rank) {
-  int64_t count = size;
-  while (count > kTile && !bracket.is_one_key()) {
+Key key_of_rank(const KeyReader<Key>& reader, const Key* keys, int64_t size, Bracket<Key> bracket,
+                int64_t rank) {
+  std::vector<Key> rest;
+  while (size > kTile && !bracket.is_one_key()) {
     Histogram<Key> histogram(bracket);
-    for (int64_t i = 0; i < size; ++i) {
-      if (bracket.contains(keys[i])) histogram.add(keys[i]);
-    }
+    for (int64_t i = 0; i < size; ++i) histogram.add(keys[i]);
+    int64_t count;
     bracket = histogram.slice_of_rank(&rank, &count);
+    std::vector<Key> inside(count + kFilterSlack);
+    FilterCounts<Key> unused;
+    reader.tile().filter(keys, size, bracket.low, bracket.high, inside.data(), &unused);
+    rest.swap(inside);
+    keys = rest.data();
+    size = count;
   }
   if (bracket.is_one_key()) return bracket.low;
-  std::vector<Key> rest;
-  rest.reserve(count);
-  std::copy_if(keys, keys + size, std::back_inserter(rest),
-               [&](Key key) { return bracket.contains(key); });
-  std::nth_element(rest.begin(), rest.begin() + rank, rest.end(), std::greater<Key>());
-  return rest[rank];
+  std::vector<Key> few(keys, keys + size);
+  std::nth_element(few.begin(), few.begin() + rank, few.end(), std::greater<Key>());
+  return few[rank];
 }
 
 // Selection in one segment.
@@ -138,7 +140,7 @@ class Segment {
       collect(narrowed(bracket, rank - above_));
     }
     if (bracket_.is_one_key()) return bracket_.low;
-    return key_of_rank(candidates_.get(), inside_, bracket_, rank - above_);
+    return key_of_rank(reader_, candidates_.get(), inside_, bracket_, rank - above_);
   }
 
   // Where the rank-th largest of all keys should lie, from a sample spread evenly over the memory.
@@ -169,7 +171,7 @@ class Segment {
   Bracket<Key> bracket_in_sample(const std::vector<Key>& sample, double fraction) const {
     const int64_t size = sample.size();
     const auto key_at = [&](int64_t rank) {
-      return key_of_rank(sample.data(), size, Bracket<Key>{}, rank);
+      return key_of_rank(reader_, sample.data(), size, Bracket<Key>{}, rank);
     };
     const auto middle = static_cast<int64_t>(size * fraction);
     const double margin = kSampleDeviations * deviation(sample, key_at(middle)) + kSampleRun;
@@ -181,18 +183,19 @@ class Segment {
     return bracket;
   }
 
-  // The standard deviation of the number of sampled keys above one, from what the runs say of it:
-  // neighbours resemble each other, so a formula for independent keys would promise too much.
+  // The standard deviation of the number of sampled keys above one, from what neighbouring runs
+  // say of it: keys of a run resemble each other, so a formula for independent keys would promise
+  // too much, and whole layers differ, which an evenly spread sample does not suffer from.
   static double deviation(const std::vector<Key>& sample, Key key) {
-    const int64_t runs = sample.size() / kSampleRun;
-    double sum = 0, sum_of_squares = 0;
-    for (int64_t run = 0; run < runs; ++run) {
-      const auto begin = sample.begin() + run * kSampleRun;
-      const double above = std::count_if(begin, begin + kSampleRun, [=](Key k) { return k > key; });
-      sum += above;
-      sum_of_squares += above * above;
+    double sum_of_squares = 0;
+    int64_t previous = 0;
+    for (auto run = sample.begin(); run != sample.end(); run += kSampleRun) {
+      const int64_t above = std::count_if(run, run + kSampleRun, [=](Key k) { return k > key; });
+      const double difference = run == sample.begin() ? 0 : above - previous;
+      sum_of_squares += difference * difference / 2;
+      previous = above;
     }
-    return std::sqrt(std::max(0.0, sum_of_squares - sum * sum / runs));
+    return std::sqrt(sum_of_squares);
   }
 
   // The pass over the data.
@@ -388,8 +391,9 @@ int32_t select_threshold(const TensorEntry* entries, int64_t num_entries, ScoreK
                          const int64_t* num_kept, int64_t num_segments, ParallelFor parallel_for,
                          Threshold* thresholds) {
   const bool is_double = num_entries > 0 && entries[0].dtype == DType::kFloat64;
-  return (is_double ? select_segments<uint64_t> : select_segments<uint32_t>)(
-      entries, num_entries, kind, num_kept, num_segments, parallel_for, thresholds);
+  return (is_double ? select_segments<uint64_t>
+                    : select_segments<uint32_t>)(entries, num_entries, kind, num_kept, num_segments,
+                                                 parallel_for, thresholds);
 }
 
 }  // namespace fastprune

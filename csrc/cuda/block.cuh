@@ -30,12 +30,16 @@ struct BlockScratch {
 
 struct Sum {
   template <class T>
-  static __device__ __forceinline__ T combine(T a, T b) { return a + b; }
+  static __device__ __forceinline__ T combine(T a, T b) {
+    return a + b;
+  }
 };
 
 struct Max {
   template <class T>
-  static __device__ __forceinline__ T combine(T a, T b) { return a < b ? b : a; }
+  static __device__ __forceinline__ T combine(T a, T b) {
+    return a < b ? b : a;
+  }
 };
 
 // Every lane gets the result.

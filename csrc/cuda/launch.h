@@ -20,12 +20,12 @@
 
 // Declares `type* name`, the dynamic shared memory of the block, aligned to 16 bytes.
 #if defined(__CUDACC__)
-#define FASTPRUNE_DYNAMIC_SHARED(type, name)                                       \
-  extern __shared__ __align__(16) unsigned char fastprune_dynamic_shared[];        \
+#define FASTPRUNE_DYNAMIC_SHARED(type, name)                                          \
+  extern __shared__ __align__(16) unsigned char fastprune_dynamic_shared[];           \
   static_assert(alignof(type) <= 16, "dynamic shared memory is aligned to 16 bytes"); \
   type* const name = reinterpret_cast<type*>(fastprune_dynamic_shared)
 #else
-#define FASTPRUNE_DYNAMIC_SHARED(type, name)                                       \
+#define FASTPRUNE_DYNAMIC_SHARED(type, name)                                          \
   static_assert(alignof(type) <= 16, "dynamic shared memory is aligned to 16 bytes"); \
   type* const name = static_cast<type*>(::fastprune::sim::machine.dynamic_shared)
 #endif
@@ -78,8 +78,8 @@ void launch(void (*kernel)(Parameters...), Grid grid, dim3 block, size_t dynamic
       [&](Parameters&... each) {
         void* pointers[] = {const_cast<void*>(static_cast<const volatile void*>(&each))...,
                             nullptr};
-        return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid.blocks, block,
-                                pointers, dynamic_shared_bytes, stream);
+        return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid.blocks, block, pointers,
+                                dynamic_shared_bytes, stream);
       },
       converted);
   check_cuda(error, "kernel launch", grid.file, grid.line);

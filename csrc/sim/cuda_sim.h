@@ -27,8 +27,7 @@
 #define gridDim (::fastprune::sim::machine.grid)
 constexpr int warpSize = fastprune::sim::kWarp;
 
-#define FASTPRUNE_SIM_SITE \
-  const char* file = __builtin_FILE(), int line = __builtin_LINE()
+#define FASTPRUNE_SIM_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
 // ---------------------------------------------------------------- barriers and fences
 
@@ -50,8 +49,7 @@ inline void __threadfence_block() { fastprune::sim::fence(); }
 namespace fastprune::sim {
 
 template <class T>
-constexpr bool kIsShuffled =
-    std::is_arithmetic_v<T> && (sizeof(T) == 4 || sizeof(T) == 8);
+constexpr bool kIsShuffled = std::is_arithmetic_v<T> && (sizeof(T) == 4 || sizeof(T) == 8);
 
 template <class T>
 T shuffle(WarpOperation operation, unsigned mask, T value, unsigned source_lane, Site site) {
@@ -94,8 +92,7 @@ T __shfl_sync(unsigned mask, T value, int source, int width = warpSize, FASTPRUN
 }
 
 template <class T>
-T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = warpSize,
-                 FASTPRUNE_SIM_SITE) {
+T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = warpSize, FASTPRUNE_SIM_SITE) {
   using namespace fastprune::sim;
   const Segment s = segment(width, {file, line});
   const unsigned from = delta > lane() - s.first ? lane() : lane() - delta;
@@ -112,8 +109,7 @@ T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = warpSize,
 }
 
 template <class T>
-T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = warpSize,
-                  FASTPRUNE_SIM_SITE) {
+T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = warpSize, FASTPRUNE_SIM_SITE) {
   using namespace fastprune::sim;
   const Segment s = segment(width, {file, line});
   const unsigned target = lane() ^ static_cast<unsigned>(lane_mask);
@@ -220,8 +216,8 @@ T atomicCAS(T* address, fastprune::sim::Same<T> expected, fastprune::sim::Same<T
   return expected;
 }
 inline unsigned atomicInc(unsigned* address, unsigned limit) {
-  return fastprune::sim::atomic_update(
-      address, [=](unsigned old) { return old >= limit ? 0u : old + 1; });
+  return fastprune::sim::atomic_update(address,
+                                       [=](unsigned old) { return old >= limit ? 0u : old + 1; });
 }
 
 // ---------------------------------------------------------------- bits
@@ -289,8 +285,8 @@ inline double __dmul_rn(double a, double b) { return fastprune::sim::rounded(a *
 inline double __dadd_rn(double a, double b) { return fastprune::sim::rounded(a + b); }
 inline double __fma_rn(double a, double b, double c) { return std::fma(a, b, c); }
 
-#define FASTPRUNE_SIM_MIN_MAX(T)                       \
-  inline T min(T a, T b) { return b < a ? b : a; }     \
+#define FASTPRUNE_SIM_MIN_MAX(T)                   \
+  inline T min(T a, T b) { return b < a ? b : a; } \
   inline T max(T a, T b) { return a < b ? b : a; }
 FASTPRUNE_SIM_MIN_MAX(int)
 FASTPRUNE_SIM_MIN_MAX(unsigned)

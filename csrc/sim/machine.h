@@ -41,11 +41,19 @@ constexpr unsigned kFiberSets = kThreadSanitizer ? 2 : 1;
 
 enum class Order { kRandom, kReversed, kForward };
 enum class Wait : uint8_t { kNothing, kBarrier, kWarpOperation, kExited };
-enum class WarpOperation : uint8_t { kSync, kShuffle, kShuffleUp, kShuffleDown, kShuffleXor,
-                                     kBallot, kAny, kAll };
+enum class WarpOperation : uint8_t {
+  kSync,
+  kShuffle,
+  kShuffleUp,
+  kShuffleDown,
+  kShuffleXor,
+  kBallot,
+  kAny,
+  kAll
+};
 inline const char* const kWarpOperationNames[] = {
-    "__syncwarp", "__shfl_sync", "__shfl_up_sync", "__shfl_down_sync", "__shfl_xor_sync",
-    "__ballot_sync", "__any_sync", "__all_sync"};
+    "__syncwarp",      "__shfl_sync",   "__shfl_up_sync", "__shfl_down_sync",
+    "__shfl_xor_sync", "__ballot_sync", "__any_sync",     "__all_sync"};
 
 struct Site {
   const char* file;
@@ -160,10 +168,9 @@ inline void configure_from_environment() {
     throw std::runtime_error("FASTPRUNE_SIM_ORDER: expected random, reversed or forward, got " +
                              name);
   }
-  set_schedule(seed ? std::strtoull(seed, nullptr, 10) : 0,
-               name == "random"     ? Order::kRandom
-               : name == "reversed" ? Order::kReversed
-                                    : Order::kForward);
+  set_schedule(seed ? std::strtoull(seed, nullptr, 10) : 0, name == "random"     ? Order::kRandom
+                                                            : name == "reversed" ? Order::kReversed
+                                                                                 : Order::kForward);
 }
 
 FASTPRUNE_SIM_HIDDEN inline void make_ready(CudaThread& thread) {
@@ -206,9 +213,9 @@ FASTPRUNE_SIM_HIDDEN inline void print_launch(const char* mistake) {
 FASTPRUNE_SIM_HIDDEN inline bool waits_alike(const CudaThread& a, const CudaThread& b) {
   if (a.wait != b.wait || a.wait == Wait::kExited) return a.wait == b.wait;
   const bool same_site = a.site.file == b.site.file && a.site.line == b.site.line;
-  return same_site && (a.wait == Wait::kBarrier ||
-                       (a.rank / kWarp == b.rank / kWarp && a.mask == b.mask &&
-                        a.operation == b.operation));
+  return same_site &&
+         (a.wait == Wait::kBarrier ||
+          (a.rank / kWarp == b.rank / kWarp && a.mask == b.mask && a.operation == b.operation));
 }
 
 FASTPRUNE_SIM_HIDDEN inline void print_wait(const CudaThread& thread, unsigned count) {
@@ -318,10 +325,17 @@ FASTPRUNE_SIM_HIDDEN inline void finish_warp_operation(unsigned warp, unsigned p
     if (!(present >> lane & 1)) return;
     CudaThread& thread = lanes[lane];
     switch (thread.operation) {
-      case WarpOperation::kSync: break;
-      case WarpOperation::kBallot: thread.result = ballot; break;
-      case WarpOperation::kAny: thread.result = ballot != 0; break;
-      case WarpOperation::kAll: thread.result = ballot == present; break;
+      case WarpOperation::kSync:
+        break;
+      case WarpOperation::kBallot:
+        thread.result = ballot;
+        break;
+      case WarpOperation::kAny:
+        thread.result = ballot != 0;
+        break;
+      case WarpOperation::kAll:
+        thread.result = ballot == present;
+        break;
       default:
         thread.result =
             present >> thread.source_lane & 1 ? lanes[thread.source_lane].value : kUndefined;
@@ -515,8 +529,9 @@ inline void prepare_sanitizer(Range shared) {
   static void* prepared = nullptr;
   if (prepared == shared.begin) return;
   if (prepared != nullptr) {
-    throw std::runtime_error("under ThreadSanitizer all kernels must be in one module and "
-                             "launched from one host thread");
+    throw std::runtime_error(
+        "under ThreadSanitizer all kernels must be in one module and "
+        "launched from one host thread");
   }
   prepared = shared.begin;
   const auto begin = reinterpret_cast<unsigned long>(shared.begin) & ~7ul;
@@ -560,15 +575,13 @@ FASTPRUNE_SIM_HIDDEN inline void prepare_threads() {
   for (unsigned rank = 0; rank < m.num_threads; ++rank) {
     CudaThread& thread = m.threads[rank];
     thread.rank = rank;
-    thread.index = {rank % m.block.x, rank / m.block.x % m.block.y,
-                    rank / (m.block.x * m.block.y)};
+    thread.index = {rank % m.block.x, rank / m.block.x % m.block.y, rank / (m.block.x * m.block.y)};
     thread.fenced = false;
     thread.num_recent = 0;
     m.live_lanes[rank / kWarp] |= 1u << rank % kWarp;
   }
-  in_order(m.num_threads, [](unsigned rank) FASTPRUNE_SIM_HIDDEN {
-    make_ready(machine.threads[rank]);
-  });
+  in_order(m.num_threads,
+           [](unsigned rank) FASTPRUNE_SIM_HIDDEN { make_ready(machine.threads[rank]); });
 }
 
 FASTPRUNE_SIM_HIDDEN inline void run_block(uint64_t number, uint64_t turn) {

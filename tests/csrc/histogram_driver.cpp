@@ -36,8 +36,7 @@ bool run(int n) {
   }
   reverse_tiles(values.data(), n, reversed.data(), nullptr);
 
-  return equal("the histogram", counts, expected_counts) &
-         equal("the sum", sum, expected_sum) &
+  return equal("the histogram", counts, expected_counts) & equal("the sum", sum, expected_sum) &
          equal("the tickets", num_finished, {0}) &
          equal("the reversal", reversed, expected_reversed);
 }

@@ -15,21 +15,37 @@ T update(T* address, Update new_value) {
 }
 
 template <class T>
-T atomicAdd(T* p, Same<T> v) { return update(p, [=](T old) { return old + v; }); }
+T atomicAdd(T* p, Same<T> v) {
+  return update(p, [=](T old) { return old + v; });
+}
 template <class T>
-T atomicSub(T* p, Same<T> v) { return update(p, [=](T old) { return old - v; }); }
+T atomicSub(T* p, Same<T> v) {
+  return update(p, [=](T old) { return old - v; });
+}
 template <class T>
-T atomicMax(T* p, Same<T> v) { return update(p, [=](T old) { return old < v ? v : old; }); }
+T atomicMax(T* p, Same<T> v) {
+  return update(p, [=](T old) { return old < v ? v : old; });
+}
 template <class T>
-T atomicMin(T* p, Same<T> v) { return update(p, [=](T old) { return v < old ? v : old; }); }
+T atomicMin(T* p, Same<T> v) {
+  return update(p, [=](T old) { return v < old ? v : old; });
+}
 template <class T>
-T atomicOr(T* p, Same<T> v) { return update(p, [=](T old) { return old | v; }); }
+T atomicOr(T* p, Same<T> v) {
+  return update(p, [=](T old) { return old | v; });
+}
 template <class T>
-T atomicAnd(T* p, Same<T> v) { return update(p, [=](T old) { return old & v; }); }
+T atomicAnd(T* p, Same<T> v) {
+  return update(p, [=](T old) { return old & v; });
+}
 template <class T>
-T atomicXor(T* p, Same<T> v) { return update(p, [=](T old) { return old ^ v; }); }
+T atomicXor(T* p, Same<T> v) {
+  return update(p, [=](T old) { return old ^ v; });
+}
 template <class T>
-T atomicExch(T* p, Same<T> v) { return update(p, [=](T) { return v; }); }
+T atomicExch(T* p, Same<T> v) {
+  return update(p, [=](T) { return v; });
+}
 template <class T>
 T atomicCAS(T* p, Same<T> expected, Same<T> v) {
   return update(p, [=](T old) { return old == expected ? v : old; });

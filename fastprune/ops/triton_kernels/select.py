@@ -85,25 +85,19 @@ def _score_at(row, offset, inside, STORAGE: tl.constexpr, SCORE: tl.constexpr):
 
 
 @triton.jit
-def _doubled_bits(score):
-    """The bits without the sign: the order of magnitudes, by integers, so denormals survive."""
-    if score.dtype == tl.float64:
-        return score.to(tl.uint64, bitcast=True) << 1
-    else:
-        return score.to(tl.uint32, bitcast=True) << 1
-
-
-@triton.jit
 def _order_key(score, SCORE: tl.constexpr):
-    """Unsigned integers in the order of the scores; -0.0 is 0.0, and every NaN the largest key."""
+    """Unsigned integers in the order of the scores; -0.0 is 0.0, and every NaN the largest key.
+
+    Bits without the sign are the order of magnitudes. All is done by integers, so denormals stay.
+    """
     DOUBLE: tl.constexpr = score.dtype == tl.float64
     SIGN: tl.constexpr = 0x8000000000000000 if DOUBLE else 0x80000000
     INFINITY: tl.constexpr = 0xFFE0000000000000 if DOUBLE else 0xFF000000  # doubled bits
     NAN_KEY: tl.constexpr = 0xFFFFFFFFFFFFFFFF if DOUBLE else 0xFFFFFFFF
-    doubled = _doubled_bits(score)
+    bits = score.to(tl.uint64 if DOUBLE else tl.uint32, bitcast=True)
+    doubled = bits << 1
     key = doubled
     if SCORE == "value":
-        bits = score.to(doubled.dtype, bitcast=True)
         bits = tl.where(doubled == 0, 0, bits)
         key = tl.where(bits >= SIGN, bits ^ NAN_KEY, bits | SIGN)
     return tl.where(doubled > INFINITY, NAN_KEY, key).to(doubled.dtype)
@@ -127,11 +121,10 @@ def _score_of_key(key, SCORE: tl.constexpr):
 
 
 @triton.jit
-def _non_finite_flags(doubled, inside):
+def _non_finite_flags(score):
     """1 for an infinity, 2 for a NaN."""
-    INFINITY: tl.constexpr = 0xFFE0000000000000 if doubled.dtype == tl.uint64 else 0xFF000000
-    infinite = tl.max((inside & (doubled == INFINITY)).to(tl.int32), 0)
-    nan = tl.max((inside & (doubled > INFINITY)).to(tl.int32), 0)
+    infinite = tl.max((tl.abs(score) == float("inf")).to(tl.int32), 0)
+    nan = tl.max((score != score).to(tl.int32), 0)
     return infinite + 2 * nan
 
 
@@ -166,7 +159,7 @@ def _histogram_kernel(
     row, offset, inside = _tensor_of(tensors, chunks, tl.load(order + program), CHUNK)
     score = _score_at(row, offset, inside, STORAGE, SCORE)
     if first_digit != 0:
-        flags = _non_finite_flags(_doubled_bits(score), inside)
+        flags = _non_finite_flags(score)
         tl.atomic_or(non_finite, flags, mask=flags != 0, sem="relaxed")
     key = _order_key(score, SCORE)
     segment = tl.load(row + _SEGMENT)
@@ -176,7 +169,7 @@ def _histogram_kernel(
     digit = (upper & ((1 << digit_bits) - 1)).to(tl.int32)
     bins = histogram + (segment * REPLICAS + program % REPLICAS) * BINS
     # Zeros are the one score that is common everywhere (dead units): one addition for all.
-    zero = candidate & (_doubled_bits(score) == 0)
+    zero = candidate & (score == 0.0)
     tl.atomic_add(bins + digit, 1, mask=candidate & (zero == 0), sem="relaxed")
     num_zeros = tl.sum(zero.to(tl.int32), 0)
     zero_digit = tl.max(tl.where(zero, digit, 0), 0)
@@ -204,7 +197,7 @@ def _pick_kernel(
     counts = tl.zeros((BINS,), tl.int64)
     for replica in range(REPLICAS):
         counts += tl.load(bins + replica * BINS)
-        tl.store(bins + replica * BINS, tl.zeros((BINS,), tl.int64))
+        tl.store(bins + replica * BINS, 0)
     rank = tl.load(remaining + segment)
     above = tl.cumsum(counts, 0) < rank
     # With rank 0 the digit is the largest, each time: nothing exceeds the key that results, NaN's.

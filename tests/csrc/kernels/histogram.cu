@@ -1,6 +1,5 @@
-#include "kernels/histogram.h"
-
 #include "cuda/block.cuh"
+#include "kernels/histogram.h"
 
 namespace {
 
@@ -20,8 +19,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 __global__ void sum_by_last_block_kernel(const unsigned* __restrict__ values, int n,
-                                         unsigned* partial, unsigned* num_finished,
-                                         unsigned* sum) {
+                                         unsigned* partial, unsigned* num_finished, unsigned* sum) {
   __shared__ BlockScratch<unsigned, kThreads> scratch;
   __shared__ bool is_last;
   const int i = blockIdx.x * kThreads + threadIdx.x;
