@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "bindings/tensor_list.h"
+#include "cpu/gsm.h"
 #include "cpu/select.h"
 
 namespace fastprune {
@@ -133,9 +134,11 @@ Tensors block_scores_cpu(Tensors values, Tensors gradients, std::string score,
     weight.dtype = dtype_of(value);
     weight.value = value.data_ptr();
     weight.gradient = nullptr;
+    weight.gradient_dtype = weight.dtype;
     if (kind == ScoreKind::kSaliency) {
       gradient = in_place ? gradients[i] : torch::stable::contiguous(gradients[i]);
       weight.gradient = gradient.data_ptr();
+      weight.gradient_dtype = dtype_of(gradient);
     }
     std::vector<int64_t> shape(value.sizes().begin(), value.sizes().end());
     shape[0] = (shape[0] + block[0] - 1) / block[0];
@@ -149,6 +152,93 @@ Tensors block_scores_cpu(Tensors values, Tensors gradients, std::string score,
   return all_sums;
 }
 
+DType optional_dtype(const Tensors& tensors, size_t i, DType otherwise) {
+  return tensors.empty() || tensors[i].numel() == 0 ? otherwise : dtype_of(tensors[i]);
+}
+
+GsmTensor gsm_tensor(const Tensor& weight, const Tensor& momentum, const Tensor& gradient,
+                     size_t i) {
+  GsmTensor t{};
+  t.dtype = dtype_of(weight);
+  t.gradient_dtype = dtype_of(gradient);
+  STD_TORCH_CHECK((t.dtype == DType::kFloat32 || t.dtype == DType::kFloat64) &&
+                      momentum.scalar_type() == weight.scalar_type() &&
+                      may_pair(t.dtype, t.gradient_dtype),
+                  "weights[", i, "] and momenta[", i, "] must both be float32 or float64, and "
+                  "gradients[", i, "] of the same type, or of 16 bits beside float32");
+  const auto sizes = weight.sizes();
+  const auto strides = weight.strides();
+  STD_TORCH_CHECK(make_layout(sizes.data(), strides.data(), static_cast<int>(sizes.size()),
+                              &t.layout) &&
+                      same_layout(weight, momentum) && same_layout(weight, gradient),
+                  "weights[", i, "], momenta[", i, "] and gradients[", i,
+                  "] must be dense, of one shape and one layout");
+  t.weight = weight.data_ptr();
+  t.momentum = momentum.data_ptr();
+  t.gradient = gradient.data_ptr();
+  t.numel = weight.numel();
+  return t;
+}
+
+void set_gate(const Tensor& weight, const Tensor& gate, const std::vector<int64_t>& block,
+              size_t i, GsmTensor* t) {
+  STD_TORCH_CHECK(weight.dim() >= 2 && gate.scalar_type() == ScalarType::Bool &&
+                      gate.is_contiguous(),
+                  "gates[", i, "] must be a contiguous bool tensor, weights[", i, "] a matrix");
+  t->outputs = weight.size(0);
+  t->inputs = weight.size(1);
+  t->taps = t->numel == 0 ? 0 : t->numel / (t->outputs * t->inputs);
+  t->block_outputs = block[0];
+  t->block_inputs = block[1];
+  const int64_t blocks = (t->outputs + block[0] - 1) / block[0] *
+                         ((t->inputs + block[1] - 1) / block[1]) * t->taps;
+  STD_TORCH_CHECK(gate.numel() == blocks, "gates[", i, "] must hold one bool per block");
+  t->gate = static_cast<const uint8_t*>(gate.data_ptr());
+}
+
+void gsm_update_cpu(Tensors weights, Tensors momenta, Tensors copies, Tensors gradients,
+                    Tensors gates, Tensor threshold, Tensor tie_end, std::vector<int64_t> positions,
+                    Tensor settings, std::vector<int64_t> rows, std::vector<int64_t> block,
+                    std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf) {
+  const size_t count = weights.size();
+  STD_TORCH_CHECK(momenta.size() == count && gradients.size() == count &&
+                      positions.size() == count && rows.size() == count &&
+                      (copies.empty() || copies.size() == count) &&
+                      (gates.empty() || gates.size() == count) && block.size() == 2,
+                  "every list must have one entry per weight");
+  constexpr int64_t kColumns = sizeof(GsmSettings) / sizeof(double);
+  STD_TORCH_CHECK(settings.scalar_type() == ScalarType::Double && settings.is_contiguous() &&
+                      settings.dim() == 2 && settings.size(1) == kColumns,
+                  "settings must be a contiguous float64 matrix with ", kColumns, " columns");
+  if (found_inf && *static_cast<const float*>(found_inf->const_data_ptr()) != 0) return;
+
+  GsmGate gate{0, 0, 1};
+  gate.threshold = threshold.scalar_type() == ScalarType::Double
+                       ? *threshold.const_data_ptr<double>()
+                       : *threshold.const_data_ptr<float>();
+  gate.tie_end = *tie_end.const_data_ptr<int64_t>();
+  if (grad_scale) gate.gradient_factor = 1.0 / *grad_scale->const_data_ptr<float>();
+
+  const auto* all_settings = static_cast<const GsmSettings*>(settings.const_data_ptr());
+  std::vector<GsmTensor> tensors;
+  tensors.reserve(count);
+  for (size_t i = 0; i < count; ++i) {
+    GsmTensor t = gsm_tensor(weights[i], momenta[i], gradients[i], i);
+    STD_TORCH_CHECK(rows[i] >= 0 && rows[i] < settings.size(0), "rows[", i, "] is not a row");
+    t.settings = all_settings + rows[i];
+    t.position = positions[i];
+    t.copy_dtype = optional_dtype(copies, i, t.dtype);
+    if (t.copy_dtype != t.dtype) {
+      STD_TORCH_CHECK(same_layout(weights[i], copies[i]) && t.dtype == DType::kFloat32,
+                      "copies[", i, "] must be a 16-bit tensor with the layout of weights[", i, "]");
+      t.copy = copies[i].data_ptr();
+    }
+    if (!gates.empty() && t.position >= 0) set_gate(weights[i], gates[i], block, i, &t);
+    tensors.push_back(t);
+  }
+  gsm_update(tensors.data(), tensors.size(), gate, kParallelFor);
+}
+
 }  // namespace
 }  // namespace fastprune
 
@@ -156,4 +246,5 @@ STABLE_TORCH_LIBRARY_IMPL(fastprune, CPU, m) {
   m.impl("select_threshold", TORCH_BOX(&fastprune::select_threshold_cpu));
   m.impl("select_masks", TORCH_BOX(&fastprune::select_masks_cpu));
   m.impl("block_scores", TORCH_BOX(&fastprune::block_scores_cpu));
+  m.impl("gsm_update_", TORCH_BOX(&fastprune::gsm_update_cpu));
 }

@@ -43,12 +43,18 @@ inline DType dtype_of(const Tensor& tensor) {
 }
 
 inline bool same_layout(const Tensor& a, const Tensor& b) {
-  if (a.dim() != b.dim() || a.scalar_type() != b.scalar_type()) return false;
+  if (a.dim() != b.dim()) return false;
   for (int64_t d = 0; d < a.dim(); ++d) {
     if (a.size(d) != b.size(d)) return false;
     if (a.size(d) != 1 && a.stride(d) != b.stride(d)) return false;
   }
   return true;
+}
+
+// Parameters of 16 bits have float32 masters, so that a pair may be of two types.
+inline bool may_pair(DType value, DType gradient) {
+  const bool narrow = gradient == DType::kBFloat16 || gradient == DType::kFloat16;
+  return value == gradient || (value == DType::kFloat32 && narrow);
 }
 
 // `segmented`: each tensor is a selection of its own.
@@ -68,6 +74,7 @@ inline std::vector<TensorEntry> tensor_entries(const Tensors& values, const Tens
     entry.first_position = segmented ? 0 : position;
     entry.segment = segmented ? static_cast<int32_t>(i) : 0;
     entry.dtype = dtype_of(value);
+    entry.gradient_dtype = saliency ? dtype_of(gradients[i]) : entry.dtype;
     STD_TORCH_CHECK((entry.dtype == DType::kFloat64) == (dtype_of(values[0]) == DType::kFloat64),
                     "values must be all float64 or none");
     const auto sizes = value.sizes();
@@ -76,8 +83,10 @@ inline std::vector<TensorEntry> tensor_entries(const Tensors& values, const Tens
         make_layout(sizes.data(), strides.data(), static_cast<int>(sizes.size()), &entry.layout),
         "values[", i, "] must be dense in memory; call .contiguous() on it");
     if (saliency) {
-      STD_TORCH_CHECK(same_layout(value, gradients[i]), "gradients[", i,
-                      "] must have the dtype, shape and strides of values[", i, "]");
+      STD_TORCH_CHECK(
+          same_layout(value, gradients[i]) && may_pair(entry.dtype, entry.gradient_dtype),
+          "gradients[", i, "] must have the shape and strides of values[", i,
+          "], and its dtype or 16 bits beside float32");
       entry.gradient = gradients[i].data_ptr();
     }
     position += entry.numel;

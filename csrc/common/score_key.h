@@ -122,8 +122,8 @@ FASTPRUNE_INLINE auto score_of_key(Key key) {
 
 // The score of one element. The product is one rounded multiplication: kernels are compiled without
 // contraction, and every pass must see the same bits.
-template <ScoreKind kKind, typename Storage>
-FASTPRUNE_INLINE auto element_score(const Storage* value, const Storage* gradient, int64_t i) {
+template <ScoreKind kKind, typename Storage, typename Gradient>
+FASTPRUNE_INLINE auto element_score(const Storage* value, const Gradient* gradient, int64_t i) {
   if constexpr (kKind == ScoreKind::kSaliency) {
     return widen(value[i]) * widen(gradient[i]);
   } else {
@@ -131,8 +131,8 @@ FASTPRUNE_INLINE auto element_score(const Storage* value, const Storage* gradien
   }
 }
 
-template <ScoreKind kKind, typename Storage>
-FASTPRUNE_INLINE auto element_key(const Storage* value, const Storage* gradient, int64_t i) {
+template <ScoreKind kKind, typename Storage, typename Gradient>
+FASTPRUNE_INLINE auto element_key(const Storage* value, const Gradient* gradient, int64_t i) {
   return score_key<kKind>(element_score<kKind>(value, gradient, i));
 }
 

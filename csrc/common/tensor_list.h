@@ -106,6 +106,7 @@ struct TensorEntry {
   int64_t first_position;  // of this tensor in its segment: the whole list, or the tensor itself
   int32_t segment;         // which count, threshold and tie end belong to it
   DType dtype;
+  DType gradient_dtype;  // as the value, or 16 bits beside a float32 value
   Layout layout;
 };
 

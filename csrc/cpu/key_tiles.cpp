@@ -5,6 +5,7 @@
 #endif
 
 #include "cpu/isa.h"
+#include "cpu/prefetch.h"
 
 #define FASTPRUNE_ISA_BODY "cpu/key_tiles.inc"
 #include "cpu/foreach_isa.h"

@@ -17,7 +17,13 @@ static_assert(kChunk % kTile == 0, "a full chunk is whole tiles");
 
 using FormKeys = void (*)(const void* value, const void* gradient, int64_t offset, int64_t size,
                           void* keys);
-using FormKeysByDType = std::array<FormKeys, 4>;
+// By DType, then a float32 value with a bfloat16 and with a float16 gradient.
+using FormKeysByPair = std::array<FormKeys, 6>;
+
+inline int pair_index(DType value, DType gradient) {
+  if (value == gradient) return static_cast<int>(value);
+  return gradient == DType::kBFloat16 ? 4 : 5;
+}
 
 template <typename Key>
 struct FilterCounts {
@@ -29,7 +35,7 @@ struct FilterCounts {
 // The loops that are compiled per instruction set.
 template <typename Key>
 struct TileFunctions {
-  FormKeysByDType form_keys;  // null for types whose keys have the other width
+  FormKeysByPair form_keys;  // null for types whose keys have the other width
   // Appends the keys in low..high, both included, to `out`, which has room for kFilterSlack more
   // than the tile; returns how many.
   int64_t (*filter)(const Key* keys, int64_t size, Key low, Key high, Key* out,
@@ -73,7 +79,8 @@ class KeyReader {
   const TileFunctions<Key>& tile() const { return tile_; }
 
   void read(const TensorEntry& entry, int64_t offset, int64_t size, Key* keys) const {
-    tile_.form_keys[static_cast<int>(entry.dtype)](entry.value, entry.gradient, offset, size, keys);
+    const int pair = pair_index(entry.dtype, entry.gradient_dtype);
+    tile_.form_keys[pair](entry.value, entry.gradient, offset, size, keys);
   }
 
   // Calls f(keys, size, offset) on the tiles of a chunk.

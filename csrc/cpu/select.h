@@ -30,6 +30,7 @@ struct BlockedWeight {
   const void* value;
   const void* gradient;
   DType dtype;
+  DType gradient_dtype;
   int64_t outputs, inputs, taps;
   int64_t input_stride, tap_stride;
 };

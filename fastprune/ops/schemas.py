@@ -15,8 +15,8 @@ from . import reference
 
 NAMESPACE = "fastprune"
 
-# Selections are piecewise constant in their inputs: no operator here has a derivative, so autograd
-# falls through and the reference runs without it.
+# Selections are piecewise constant in their inputs and optimizer steps are not differentiated: no
+# operator here has a derivative, so autograd falls through and the reference runs without it.
 SCHEMAS = {
     "select_threshold": (
         "(Tensor[] values, Tensor[] gradients, Tensor num_kept, str score) -> "
@@ -29,6 +29,11 @@ SCHEMAS = {
     "block_scores": (
         "(Tensor[] values, Tensor[] gradients, str score, SymInt[2] block) -> Tensor[]"
     ),
+    "gsm_update_": (
+        "(Tensor(a!)[] weights, Tensor(b!)[] momenta, Tensor(c!)[] copies, Tensor[] gradients, "
+        "Tensor[] gates, Tensor threshold, Tensor tie_end, SymInt[] positions, Tensor settings, "
+        "int[] rows, SymInt[2] block, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()"
+    ),
 }
 
 # The kernel that serves an operator where its library is built; the reference serves the rest.
@@ -36,6 +41,7 @@ WINNERS = {
     "select_threshold": {"CPU": "C++", "CUDA": "CUDA C++"},
     "select_masks": {"CPU": "C++", "CUDA": "CUDA C++"},
     "block_scores": {"CPU": "C++", "CUDA": "CUDA C++"},
+    "gsm_update_": {"CPU": "C++", "CUDA": "CUDA C++"},
 }
 
 
@@ -71,10 +77,15 @@ def _block_scores_fake(
     ]
 
 
+def _in_place_fake(*arguments: Any, **options: Any) -> None:
+    """Nothing but the arguments changes, and their shapes do not."""
+
+
 FAKES: dict[str, Callable[..., Any]] = {
     "select_threshold": _select_threshold_fake,
     "select_masks": _select_masks_fake,
     "block_scores": _block_scores_fake,
+    "gsm_update_": _in_place_fake,
 }
 
 

@@ -94,6 +94,30 @@ def layer_topk_masks(
     return _expanded(_masks(elements, pairs, k, kind, what), values, block)
 
 
+class PoolChoice(NamedTuple):
+    """Which elements of a pool of weights are selected: by a rule, or by one bool per block."""
+
+    threshold: Tensor
+    tie_end: Tensor
+    gates: list[Tensor] | None
+
+
+def select_pool(
+    weights: list[Tensor], gradients: list[Tensor], num_kept: Tensor, block: tuple[int, int]
+) -> PoolChoice:
+    """The `num_kept` largest saliencies, for operators that apply the choice themselves.
+
+    For optimizers: nothing is checked and nothing is read from the device.
+    """
+    ops = torch.ops.fastprune
+    if block == (1, 1):
+        threshold, _, tie_end, _ = ops.select_threshold(weights, gradients, num_kept, "saliency")
+        return PoolChoice(threshold, tie_end, None)
+    sums = ops.block_scores(weights, gradients, "saliency", block)
+    threshold, _, tie_end, _ = ops.select_threshold(sums, [], num_kept, "value")
+    return PoolChoice(threshold, tie_end, ops.select_masks(sums, [], threshold, tie_end, "value"))
+
+
 def _select(
     values: Tensors, gradients: Tensors, num_kept: Tensor, score: Score, what: str = ""
 ) -> Selection:
@@ -174,7 +198,7 @@ def _checked_lists(
         return dense, []
     _check_tensors("gradients", gradients)
     _check_pairs(values, gradients)
-    return dense, [_laid_out_like(g.detach(), v) for g, v in zip(gradients, dense, strict=True)]
+    return dense, [laid_out_like(g.detach(), v) for g, v in zip(gradients, dense, strict=True)]
 
 
 def _check_tensors(name: str, tensors: Tensors) -> None:
@@ -307,7 +331,7 @@ def _dense(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _laid_out_like(tensor: Tensor, model: Tensor) -> Tensor:
+def laid_out_like(tensor: Tensor, model: Tensor) -> Tensor:
     if tensor.stride() == model.stride():
         return tensor
     return torch.empty_like(model).copy_(tensor)

@@ -1,0 +1,396 @@
+"""GSM: global sparse momentum SGD as a drop-in optimizer."""
+
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..masks import MaskSet, Sparsity, num_kept
+from ..ops.reference.gsm import SETTINGS
+from ..ops.select import (
+    checked_block,
+    global_topk_masks,
+    laid_out_like,
+    num_blocks,
+    select_pool,
+)
+from .decay import warn_if_weights_stay
+
+HALF = (torch.bfloat16, torch.float16)
+TIES = ("exact", "paper")
+
+
+class _Lists(NamedTuple):
+    """One step's tensors, in registration order; the pool's are those at a position."""
+
+    weights: list[Tensor]
+    momenta: list[Tensor]
+    copies: list[Tensor]
+    gradients: list[Any]
+    positions: list[int]
+    rows: list[int]
+
+    pool: list[int]  # which of them are in the pool
+
+
+class GSM(Optimizer):
+    """Momentum SGD that passes the loss gradient only to the weights that matter most.
+
+    At each step the `num_kept` weights of largest |w * gradient|, over all pruned parameters
+    together, are active; the others get no loss gradient, and weight decay and momentum bring them
+    to zero. After training `finish()` zeroes them: train on from a well-trained dense model. With
+    every weight active this is `torch.optim.SGD`, whose arguments and behaviour it shares.
+
+    Args:
+        params, lr, momentum, dampening, weight_decay, nesterov, maximize: as in `torch.optim.SGD`.
+        sparsity: fraction of zeros among the pruned weights in the end, or a function of the step
+            (from 0) that returns it.
+        num_kept: the exact number of weights (of blocks, if `block` is given) to keep, instead.
+        block: (outputs, inputs) of the blocks that are chosen as a whole.
+        ties: "exact" keeps exactly `num_kept` active, lowest position first; "paper" also all that
+            equal the threshold.
+
+    A parameter group prunes its parameters of two or more dimensions; `prune=True` or `False` in
+    the group decides for all of them. `prunable_groups(model)` chooses by module type.
+    """
+
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor,
+        momentum: float = 0.98,
+        dampening: float = 0,
+        weight_decay: float = 5e-4,
+        nesterov: bool = False,
+        *,
+        sparsity: Sparsity | Callable[[int], Sparsity] | None = None,
+        num_kept: int | None = None,
+        block: tuple[int, int] = (1, 1),
+        ties: str = "exact",
+        maximize: bool = False,
+    ) -> None:
+        if (sparsity is None) == (num_kept is None):
+            raise ValueError("give either sparsity or num_kept: how much of the pool stays")
+        if ties not in TIES:
+            raise ValueError(f"ties must be 'exact' or 'paper', got {ties!r}")
+        self._sparsity = sparsity
+        self._num_kept = num_kept
+        self._block = checked_block(block)
+        self._ties = ties
+        self._parameters: list[Tensor] = []
+        self._strides: list[tuple[int, ...]] = []
+        self._lists: _Lists | None = None
+        self._total: int | None = None
+        self._device_counts: dict[tuple[int, torch.device], Tensor] = {}
+        self._device_settings: tuple[Any, Tensor] | None = None
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "maximize": maximize,
+            "prune": None,
+            "num_steps": 0,
+        }
+        super().__init__(params, defaults)
+        self.num_kept()  # a count that does not fit the pool is said now
+
+    # ------------------------------------------------------------------ groups and state
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            _check_group(group)
+            for i, parameter in enumerate(group["params"]):
+                _check_parameter(i, parameter, self._is_pruned(group, parameter), self._block)
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+        self._lists = self._total = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._lists = self._total = None
+        for group in self.param_groups:
+            group.setdefault("prune", None)
+            group.setdefault("num_steps", 0)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Also takes the state of a plain SGD: options that it lacks stay as they are here."""
+        ours = [{key: group[key] for key in ("prune", "num_steps")} for group in self.param_groups]
+        groups = [
+            {**mine, **saved} for mine, saved in zip(ours, state_dict["param_groups"], strict=False)
+        ]
+        groups += state_dict["param_groups"][len(groups) :]
+        super().load_state_dict({**state_dict, "param_groups": groups})
+        self._restore_float32(state_dict)
+        self._lists = None
+
+    def _restore_float32(self, state_dict: dict[str, Any]) -> None:
+        """torch casts loaded state to the parameter's type; ours is wider for 16-bit ones."""
+        saved_ids = (i for group in state_dict["param_groups"] for i in group["params"])
+        parameters = (p for group in self.param_groups for p in group["params"])
+        for saved_id, parameter in zip(saved_ids, parameters, strict=True):
+            saved = state_dict["state"].get(saved_id)
+            if saved is None or parameter.dtype not in HALF:
+                continue
+            for key, value in saved.items():
+                if isinstance(value, Tensor) and value.is_floating_point():
+                    wide = torch.empty_like(parameter, dtype=torch.float32)
+                    self.state[parameter][key] = wide.copy_(value)
+
+    def _is_pruned(self, group: dict[str, Any], parameter: Tensor) -> bool:
+        prune = group["prune"]
+        return parameter.dim() >= 2 if prune is None else bool(prune)
+
+    def _pool(self) -> list[tuple[str, Tensor]]:
+        """Names and parameters in registration order, which is the order of positions."""
+        pool = []
+        for g, group in enumerate(self.param_groups):
+            names = group.get("param_names") or [f"{g}.{i}" for i in range(len(group["params"]))]
+            pool += [
+                (name, parameter)
+                for name, parameter in zip(names, group["params"], strict=True)
+                if self._is_pruned(group, parameter)
+            ]
+        return pool
+
+    def _state(self, parameter: Tensor) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self.state[parameter]
+        if state.get("momentum_buffer") is None:
+            dtype = torch.float32 if parameter.dtype in HALF else parameter.dtype
+            state["momentum_buffer"] = torch.zeros_like(parameter, dtype=dtype)
+        if parameter.dtype in HALF and "master" not in state:
+            state["master"] = parameter.detach().float()
+        return state
+
+    # ------------------------------------------------------------------ counts
+
+    def num_kept(self) -> int:
+        """How many weights (or blocks) are active in the next step, and stay in the end."""
+        total = self._pool_size()
+        if self._num_kept is not None:
+            return _checked_count(self._num_kept, total)
+        sparsity = self._sparsity
+        if callable(sparsity):
+            steps = self.param_groups[0]["num_steps"]
+            sparsity = sparsity(steps)
+        return num_kept(sparsity, total)  # type: ignore[arg-type]
+
+    def _pool_size(self) -> int:
+        if self._total is None:
+            self._total = sum(
+                num_blocks(p.shape, self._block) if p.dim() > 1 else p.numel()
+                for _, p in self._pool()
+            )
+        return self._total
+
+    def _count_tensor(self, device: torch.device) -> Tensor:
+        key = (self.num_kept(), device)
+        if key not in self._device_counts:
+            self._device_counts = {key: torch.tensor(key[0], device=device)}
+        return self._device_counts[key]
+
+    def _settings(self, device: torch.device) -> Tensor:
+        """Two rows a group: the second is for a first step, which torch leaves undamped."""
+        rows = []
+        for group in self.param_groups:
+            values = [group[name] for name in SETTINGS]
+            rows += [values, [0.0 if n == "dampening" else group[n] for n in SETTINGS]]
+        numbers = tuple(
+            tuple(0.0 if isinstance(v, Tensor) else float(v) for v in row) for row in rows
+        )
+        if self._device_settings is None or self._device_settings[0] != (numbers, device):
+            fresh = torch.tensor(numbers, dtype=torch.float64, device=device)
+            self._device_settings = ((numbers, device), fresh)
+        settings = self._device_settings[1]
+        for i, row in enumerate(rows):
+            for column, value in enumerate(row):
+                if isinstance(value, Tensor):
+                    settings[i, column].copy_(value.reshape(()))
+        return settings
+
+    # ------------------------------------------------------------------ the step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        lists = self._collect()
+        if lists.weights:
+            self._update(lists)
+        for group in self.param_groups:
+            group["num_steps"] += 1
+        return loss
+
+    def _collect(self) -> _Lists:
+        """Only gradients change from step to step, once every parameter has had its first."""
+        lists = self._lists
+        if lists is None:
+            return self._collect_anew()
+        gradients = [p.grad for p in self._parameters]
+        fit = [
+            g if g is None or g.stride() == stride else _usable(g, w)
+            for g, stride, w in zip(gradients, self._strides, lists.weights, strict=True)
+        ]
+        if any(g is None for g in fit):
+            return self._collect_anew()
+        return lists._replace(gradients=fit)
+
+    def _collect_anew(self) -> _Lists:
+        lists = _Lists([], [], [], [], [], [], [])
+        position = 0
+        complete = True
+        self._parameters = [p for group in self.param_groups for p in group["params"]]
+        for g, group in enumerate(self.param_groups):
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    complete = False
+                    continue
+                first_step = not self.state[parameter]
+                complete = complete and not first_step
+                state = self._state(parameter)
+                weight = state.get("master", parameter)
+                copied = weight is not parameter
+                lists.weights.append(weight)
+                lists.momenta.append(state["momentum_buffer"])
+                lists.copies.append(parameter if copied else weight.new_empty(0))
+                lists.gradients.append(_usable(parameter.grad, weight))
+                lists.rows.append(2 * g + first_step)
+                if self._is_pruned(group, parameter):
+                    lists.pool.append(len(lists.positions))
+                    lists.positions.append(position)
+                    position += parameter.numel()
+                else:
+                    lists.positions.append(-1)
+        if not any(copy.numel() for copy in lists.copies):
+            lists = lists._replace(copies=[])
+        self._lists = lists._replace(gradients=[]) if complete else None
+        self._strides = [weight.stride() for weight in lists.weights]
+        return lists
+
+    def _update(self, lists: _Lists) -> None:
+        device = lists.weights[0].device
+        weights = [lists.weights[i] for i in lists.pool]
+        gradients = [lists.gradients[i] for i in lists.pool]
+        choice = select_pool(weights, gradients, self._count_tensor(device), self._block)
+        gates: list[Tensor] = []
+        if choice.gates is not None:
+            gates = [weights[0].new_empty(0, dtype=torch.bool)] * len(lists.weights)
+            for i, gate in zip(lists.pool, choice.gates, strict=True):
+                gates[i] = gate
+        tie_end = choice.tie_end
+        if self._ties == "paper":
+            tie_end = torch.full_like(tie_end, torch.iinfo(torch.int64).max)
+        torch.ops.fastprune.gsm_update_(
+            lists.weights,
+            lists.momenta,
+            lists.copies,
+            lists.gradients,
+            gates,
+            choice.threshold,
+            tie_end,
+            lists.positions,
+            self._settings(device),
+            lists.rows,
+            self._block,
+            getattr(self, "grad_scale", None),
+            getattr(self, "found_inf", None),
+        )
+
+    # ------------------------------------------------------------------ the end
+
+    @torch.no_grad()
+    def masks(self) -> MaskSet:
+        """True for the `num_kept` weights of largest magnitude: what `finish()` would keep."""
+        pool = self._pool()
+        weights = [self.state[p].get("master", p) if p in self.state else p for _, p in pool]
+        kept = global_topk_masks(weights, self.num_kept(), score="magnitude", block=self._block)
+        return MaskSet({name: mask for (name, _), mask in zip(pool, kept, strict=True)})
+
+    @torch.no_grad()
+    def finish(self) -> MaskSet:
+        """Writes true zeros to all but the `num_kept` largest weights; returns what stayed."""
+        masks = self.masks()
+        for name, parameter in self._pool():
+            dropped = ~masks[name]
+            for tensor in (parameter, self.state[parameter].get("master")):
+                if tensor is not None:
+                    tensor.masked_fill_(dropped, 0.0)
+        return masks
+
+    @torch.no_grad()
+    def resync(self) -> None:
+        """Takes over 16-bit parameters that something else has changed since the last step."""
+        for parameter, state in self.state.items():
+            if "master" in state:
+                state["master"].copy_(parameter)
+
+    def check_schedule(self, steps: int, lr: float | Callable[[int], float] | None = None) -> float:
+        """What is left, after `steps`, of a weight that is always passive; warns if that is much.
+
+        `lr` is a number, a function of the step, or None for the present one. The largest residual
+        over the pruned groups is returned.
+        """
+        residual = 0.0
+        for group in self.param_groups:
+            if any(self._is_pruned(group, p) for p in group["params"]):
+                rate = lr if lr is not None else float(group["lr"])
+                residual = max(
+                    residual,
+                    warn_if_weights_stay(steps, rate, group["momentum"], group["weight_decay"]),
+                )
+        return residual
+
+
+def _usable(gradient: Tensor, weight: Tensor) -> Tensor:
+    if gradient.is_sparse:
+        raise RuntimeError("GSM does not support sparse gradients; make them dense (sparse=False)")
+    return laid_out_like(gradient, weight)
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    for name in ("lr", "momentum", "weight_decay"):
+        value = group[name]
+        if isinstance(value, Tensor):
+            if name != "lr" or value.numel() != 1:
+                raise ValueError(f"{name} must be a number (lr may be a one-element tensor)")
+        elif not value >= 0:
+            raise ValueError(f"{name} must be at least 0, got {value}")
+    if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
+        raise ValueError("nesterov needs a momentum above 0 and no dampening")
+    if group["weight_decay"] == 0 and group["prune"] is not False:
+        warnings.warn(
+            "weight_decay=0: passive weights never decay, so zeroing them at the end will hurt; "
+            "GSM needs some weight decay (default 5e-4)",
+            stacklevel=5,
+        )
+
+
+def _check_parameter(i: int, parameter: Tensor, pruned: bool, block: tuple[int, int]) -> None:
+    if parameter.is_complex():
+        raise TypeError(f"params[{i}] is complex, which GSM does not support; use view_as_real")
+    if not parameter.is_floating_point():
+        raise TypeError(f"params[{i}] must be floating point, got {parameter.dtype}")
+    if pruned and block != (1, 1) and parameter.dim() < 2:
+        raise ValueError(
+            f"params[{i}] has {parameter.dim()} dimensions and cannot be pruned in blocks of "
+            "(outputs, inputs); put it into a group with prune=False"
+        )
+
+
+def _checked_count(count: int, total: int) -> int:
+    if isinstance(count, bool) or not isinstance(count, int):
+        raise TypeError(f"num_kept must be an integer, got {type(count).__name__} {count!r}")
+    if not 0 <= count <= total:
+        raise ValueError(f"num_kept must be in 0..{total} (the size of the pool), got {count}")
+    return count
