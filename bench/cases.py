@@ -2,12 +2,12 @@
 
 from fnmatch import fnmatchcase
 
-from . import select_cases
+from . import gsm_cases, select_cases
 from .case import Case
 
 
 def all_cases() -> dict[str, Case]:
-    return {case.name: case for case in [*select_cases.definitions()]}
+    return {case.name: case for case in [*select_cases.definitions(), *gsm_cases.definitions()]}
 
 
 def matching(pattern: str | None, device: str) -> list[Case]:

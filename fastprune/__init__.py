@@ -1,6 +1,6 @@
 """fastprune: optimizers and kernels that prune neural networks."""
 
-from . import ops
+from . import ops, optim
 from .masks import MaskSet, num_kept
 from .methods import magnitude
 from .ops import (
@@ -22,6 +22,7 @@ __all__ = [
     "magnitude",
     "num_kept",
     "ops",
+    "optim",
     "use_reference",
 ]
 __version__ = "0.1.0"

@@ -15,7 +15,8 @@
 namespace fastprune {
 namespace {
 
-constexpr int64_t kGrain = 4;  // chunks that are worth a thread
+constexpr int64_t kPiece = 1 << 16;  // elements of a unit of work
+constexpr int64_t kGrain = 1;
 
 enum class Gating { kNone, kFrom, kAbove, kMask };
 
@@ -75,7 +76,7 @@ class Update {
   void run(const Work& work) const {
     const GsmTensor& t = *work.tensor;
     if (t.position < 0) return step(work, Gating::kNone, nullptr);
-    uint8_t active[kChunk];
+    uint8_t active[kPiece];
     if (t.gate != nullptr) {
       expand_gate(work, active);
       return step(work, Gating::kMask, active);
@@ -159,8 +160,8 @@ void gsm_update(const GsmTensor* tensors, int64_t num_tensors, const GsmGate& ga
                 ParallelFor parallel_for) {
   std::vector<Work> work;
   for (const GsmTensor* t = tensors; t != tensors + num_tensors; ++t) {
-    for (int64_t offset = 0; offset < t->numel; offset += kChunk) {
-      work.push_back({t, offset, std::min(kChunk, t->numel - offset)});
+    for (int64_t offset = 0; offset < t->numel; offset += kPiece) {
+      work.push_back({t, offset, std::min(kPiece, t->numel - offset)});
     }
   }
   const Update update(gate);
