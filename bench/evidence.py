@@ -47,9 +47,18 @@ def fact(experiment: str, subject: str, quantity: str, value: Any, unit: str = "
 
 def selection_speed() -> None:
     """Every selection case against its rivals, with 1 and 2 threads."""
+    measure_speed("select_*/resnet50/*")
+
+
+def gsm_speed() -> None:
+    """The GSM step beside torch's fused SGD and the eager method, and its fixed cost."""
+    measure_speed("gsm_step/[re]*/*")  # resnet50, elements161
+
+
+def measure_speed(pattern: str) -> None:
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        for case in cases.matching("select_*/resnet50/*", "cpu"):
+        for case in cases.matching(pattern, "cpu"):
             rows, interrupted = run_case(case, rounds=21, budget=60)
             if rows:
                 print(table(rows), flush=True)
@@ -200,14 +209,26 @@ def newer_python() -> str:
     return str(python)
 
 
+def mutants() -> None:
+    """Every barrier, fence, atomic and bounds check taken out of the CUDA kernels is noticed."""
+    tests = [sys.executable, "-m", "pytest", "-q", "-m", "evidence", "tests/csrc/test_simulator.py"]
+    code, said = run_command(Command(tests), 3000)
+    counts = (said.strip() or "no output").splitlines()[-1].strip("= ").split(" in ")[0]
+    if code != 0:
+        raise AssertionError(f"mutants that no sanitizer noticed: {counts}")
+    fact("mutants", "csrc/cuda under ASan, UBSan and TSan", "mutants that fail", counts)
+
+
 EXPERIMENTS: dict[str, Callable[[], None]] = {
     function.__name__: function
     for function in (
         selection_speed,
+        gsm_speed,
         selection_scaling,
         selection_memory,
         beyond_2_to_31_elements,
         newer_torch,
+        mutants,
     )
 }
 

@@ -43,10 +43,12 @@ inline DType dtype_of(const Tensor& tensor) {
 }
 
 inline bool same_layout(const Tensor& a, const Tensor& b) {
-  if (a.dim() != b.dim()) return false;
-  for (int64_t d = 0; d < a.dim(); ++d) {
-    if (a.size(d) != b.size(d)) return false;
-    if (a.size(d) != 1 && a.stride(d) != b.stride(d)) return false;
+  const auto sizes = a.sizes(), other_sizes = b.sizes();  // one call each: they add up in lists
+  if (sizes.size() != other_sizes.size()) return false;
+  const auto strides = a.strides(), other_strides = b.strides();
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if (sizes[d] != other_sizes[d]) return false;
+    if (sizes[d] != 1 && strides[d] != other_strides[d]) return false;
   }
   return true;
 }
