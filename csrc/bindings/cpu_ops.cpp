@@ -164,15 +164,17 @@ GsmTensor gsm_tensor(const Tensor& weight, const Tensor& momentum, const Tensor&
   STD_TORCH_CHECK((t.dtype == DType::kFloat32 || t.dtype == DType::kFloat64) &&
                       momentum.scalar_type() == weight.scalar_type() &&
                       may_pair(t.dtype, t.gradient_dtype),
-                  "weights[", i, "] and momenta[", i, "] must both be float32 or float64, and "
-                  "gradients[", i, "] of the same type, or of 16 bits beside float32");
+                  "weights[", i, "] and momenta[", i,
+                  "] must both be float32 or float64, and "
+                  "gradients[",
+                  i, "] of the same type, or of 16 bits beside float32");
   const auto sizes = weight.sizes();
   const auto strides = weight.strides();
-  STD_TORCH_CHECK(make_layout(sizes.data(), strides.data(), static_cast<int>(sizes.size()),
-                              &t.layout) &&
-                      same_layout(weight, momentum) && same_layout(weight, gradient),
-                  "weights[", i, "], momenta[", i, "] and gradients[", i,
-                  "] must be dense, of one shape and one layout");
+  STD_TORCH_CHECK(
+      make_layout(sizes.data(), strides.data(), static_cast<int>(sizes.size()), &t.layout) &&
+          same_layout(weight, momentum) && same_layout(weight, gradient),
+      "weights[", i, "], momenta[", i, "] and gradients[", i,
+      "] must be dense, of one shape and one layout");
   t.weight = weight.data_ptr();
   t.momentum = momentum.data_ptr();
   t.gradient = gradient.data_ptr();
@@ -180,18 +182,18 @@ GsmTensor gsm_tensor(const Tensor& weight, const Tensor& momentum, const Tensor&
   return t;
 }
 
-void set_gate(const Tensor& weight, const Tensor& gate, const std::vector<int64_t>& block,
-              size_t i, GsmTensor* t) {
-  STD_TORCH_CHECK(weight.dim() >= 2 && gate.scalar_type() == ScalarType::Bool &&
-                      gate.is_contiguous(),
-                  "gates[", i, "] must be a contiguous bool tensor, weights[", i, "] a matrix");
+void set_gate(const Tensor& weight, const Tensor& gate, const std::vector<int64_t>& block, size_t i,
+              GsmTensor* t) {
+  STD_TORCH_CHECK(
+      weight.dim() >= 2 && gate.scalar_type() == ScalarType::Bool && gate.is_contiguous(), "gates[",
+      i, "] must be a contiguous bool tensor, weights[", i, "] a matrix");
   t->outputs = weight.size(0);
   t->inputs = weight.size(1);
   t->taps = t->numel == 0 ? 0 : t->numel / (t->outputs * t->inputs);
   t->block_outputs = block[0];
   t->block_inputs = block[1];
-  const int64_t blocks = (t->outputs + block[0] - 1) / block[0] *
-                         ((t->inputs + block[1] - 1) / block[1]) * t->taps;
+  const int64_t blocks =
+      (t->outputs + block[0] - 1) / block[0] * ((t->inputs + block[1] - 1) / block[1]) * t->taps;
   STD_TORCH_CHECK(gate.numel() == blocks, "gates[", i, "] must hold one bool per block");
   t->gate = static_cast<const uint8_t*>(gate.data_ptr());
 }
@@ -229,8 +231,8 @@ void gsm_update_cpu(Tensors weights, Tensors momenta, Tensors copies, Tensors gr
     t.position = positions[i];
     t.copy_dtype = optional_dtype(copies, i, t.dtype);
     if (t.copy_dtype != t.dtype) {
-      STD_TORCH_CHECK(same_layout(weights[i], copies[i]) && t.dtype == DType::kFloat32,
-                      "copies[", i, "] must be a 16-bit tensor with the layout of weights[", i, "]");
+      STD_TORCH_CHECK(same_layout(weights[i], copies[i]) && t.dtype == DType::kFloat32, "copies[",
+                      i, "] must be a 16-bit tensor with the layout of weights[", i, "]");
       t.copy = copies[i].data_ptr();
     }
     if (!gates.empty() && t.position >= 0) set_gate(weights[i], gates[i], block, i, &t);

@@ -51,8 +51,8 @@ void add_blocks(const BlockedWeight& weight, AddRow add_row, int64_t block_outpu
 
 void block_scores(const BlockedWeight& weight, ScoreKind kind, int64_t block_outputs,
                   int64_t block_inputs, ParallelFor parallel_for, void* sums) {
-  const AddRow add_row = FASTPRUNE_FOR_ISA(best_isa(), choose_add_row)(
-      kind, weight.dtype, weight.gradient_dtype);
+  const AddRow add_row =
+      FASTPRUNE_FOR_ISA(best_isa(), choose_add_row)(kind, weight.dtype, weight.gradient_dtype);
   if (weight.dtype == DType::kFloat64) {
     add_blocks(weight, add_row, block_outputs, block_inputs, parallel_for,
                static_cast<double*>(sums));

@@ -15,9 +15,6 @@
 namespace fastprune {
 namespace {
 
-constexpr int64_t kPiece = 1 << 16;  // elements of a unit of work
-constexpr int64_t kGrain = 1;
-
 enum class Gating { kNone, kFrom, kAbove, kMask };
 
 struct StepTile {
@@ -76,7 +73,7 @@ class Update {
   void run(const Work& work) const {
     const GsmTensor& t = *work.tensor;
     if (t.position < 0) return step(work, Gating::kNone, nullptr);
-    uint8_t active[kPiece];
+    uint8_t active[kChunk];
     if (t.gate != nullptr) {
       expand_gate(work, active);
       return step(work, Gating::kMask, active);
@@ -98,8 +95,10 @@ class Update {
                         advanced(t.momentum, t.dtype, work.offset),
                         advanced(t.gradient, t.gradient_dtype, work.offset), active, work.size};
     const double sign = s.maximize != 0 ? -1 : 1;
-    const StepNumbers numbers{s.lr,           s.momentum,
-                              s.dampening,    s.weight_decay,
+    const StepNumbers numbers{s.lr,
+                              s.momentum,
+                              s.dampening,
+                              s.weight_decay,
                               sign * gate_.gradient_factor,
                               t.dtype == DType::kFloat64 ? limit64_ : limit32_};
     const Isa isa = best_isa();
@@ -119,8 +118,7 @@ class Update {
       const int64_t position = position_of(t.layout, work.offset + i);
       const int64_t output = position / row, column = position % row;
       const int64_t input = column / t.taps, tap = column % t.taps;
-      const int64_t block =
-          output / t.block_outputs * block_columns + input / t.block_inputs;
+      const int64_t block = output / t.block_outputs * block_columns + input / t.block_inputs;
       active[i] = t.gate[block * t.taps + tap];
     }
   }
@@ -145,8 +143,9 @@ class Update {
     const uint64_t limit = t.dtype == DType::kFloat64 ? limit64_ : limit32_;
     for (int64_t i = 0; i < work.size; ++i) {
       const uint64_t key = score_key<ScoreKind::kSaliency>(weight[i] * widen(gradient[i]));
-      active[i] = key > limit || (key == limit && t.position + position_of(t.layout, work.offset + i) <
-                                                      gate_.tie_end);
+      active[i] =
+          key > limit ||
+          (key == limit && t.position + position_of(t.layout, work.offset + i) < gate_.tie_end);
     }
   }
 
@@ -159,13 +158,15 @@ class Update {
 void gsm_update(const GsmTensor* tensors, int64_t num_tensors, const GsmGate& gate,
                 ParallelFor parallel_for) {
   std::vector<Work> work;
+  int64_t elements = 0;
   for (const GsmTensor* t = tensors; t != tensors + num_tensors; ++t) {
-    for (int64_t offset = 0; offset < t->numel; offset += kPiece) {
-      work.push_back({t, offset, std::min(kPiece, t->numel - offset)});
+    elements += t->numel;
+    for (int64_t offset = 0; offset < t->numel; offset += kChunk) {
+      work.push_back({t, offset, std::min(kChunk, t->numel - offset)});
     }
   }
   const Update update(gate);
-  parallel_for(work.size(), kGrain, [&](int64_t first, int64_t last) {
+  parallel_for(work.size(), grain_of(work.size(), elements), [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) update.run(work[i]);
   });
 }

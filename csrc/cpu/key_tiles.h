@@ -69,6 +69,13 @@ inline std::vector<Chunk> chunks_of(const TensorEntry* begin, const TensorEntry*
   return chunks;
 }
 
+// How many units of work are worth a thread: 64K elements of them. A list of many small tensors is
+// one thread's work, however long it is.
+inline int64_t grain_of(int64_t units, int64_t elements) {
+  constexpr int64_t kWorthwhile = 1 << 16;
+  return std::max<int64_t>(1, units * kWorthwhile / std::max<int64_t>(1, elements));
+}
+
 // Reads scores as keys and knows what the keys mean.
 template <typename Key>
 class KeyReader {

@@ -18,7 +18,6 @@
 namespace fastprune {
 namespace {
 
-constexpr int64_t kGrain = 4;              // chunks that are worth a thread
 constexpr int64_t kMinCapacity = 1 << 16;  // candidates kept at least; up to here no sampling
 constexpr int64_t kCapacityDivisor = 32;   // of the elements; memory is touched as it fills
 constexpr int64_t kSampleRun = 16;         // neighbours, a cache line of fp32
@@ -103,6 +102,7 @@ class Segment {
         chunks_(chunks_of(begin, end)),
         slices_(chunks_.size()) {
     for (const TensorEntry* e = begin; e != end; ++e) size_ += e->numel;
+    grain_ = grain_of(chunks_.size(), size_);
     capacity_ = std::min(size_, std::max(kMinCapacity, size_ / kCapacityDivisor));
     candidates_.reset(new Key[capacity_]);
   }
@@ -204,7 +204,7 @@ class Segment {
     above_ = 0;
     std::atomic<int64_t> above{0}, next{0};
     std::atomic<Key> largest{0}, smallest{std::numeric_limits<Key>::max()};
-    parallel_for_(chunks_.size(), kGrain, [&](int64_t first, int64_t last) {
+    parallel_for_(chunks_.size(), grain_, [&](int64_t first, int64_t last) {
       std::unique_ptr<Key[]> found(new Key[kChunk + kFilterSlack]);
       FilterCounts<Key> counts;
       for (int64_t c = first; c < last; ++c) {
@@ -248,7 +248,7 @@ class Segment {
   Histogram<Key> histogram(Bracket<Key> bracket) const {
     Histogram<Key> total(bracket);
     std::mutex mutex;
-    parallel_for_(chunks_.size(), kGrain, [&](int64_t first, int64_t last) {
+    parallel_for_(chunks_.size(), grain_, [&](int64_t first, int64_t last) {
       Histogram<Key> part(bracket);
       for (int64_t c = first; c < last; ++c) {
         reader_.for_tiles(chunks_[c], [&](const Key* keys, int64_t n, int64_t) {
@@ -265,7 +265,7 @@ class Segment {
 
   int32_t seen_flags() const {
     std::atomic<int32_t> seen{0};
-    parallel_for_(chunks_.size(), kGrain, [&](int64_t first, int64_t last) {
+    parallel_for_(chunks_.size(), grain_, [&](int64_t first, int64_t last) {
       int32_t flags = 0;
       for (int64_t c = first; c < last; ++c) {
         reader_.for_tiles(chunks_[c], [&](const Key* keys, int64_t n, int64_t) {
@@ -358,6 +358,7 @@ class Segment {
   ParallelFor parallel_for_;
   std::vector<Chunk> chunks_;
   int64_t size_ = 0;
+  int64_t grain_ = 1;
   int64_t capacity_ = 0;
 
   // What the last pass found.

@@ -7,8 +7,6 @@
 namespace fastprune {
 namespace {
 
-constexpr int64_t kGrain = 4;
-
 template <typename Key>
 class MaskWriter {
  public:
@@ -53,7 +51,9 @@ void write_masks(const TensorEntry* entries, int64_t num_entries, ScoreKind kind
                  const Threshold* thresholds, ParallelFor parallel_for, uint8_t* const* masks) {
   const KeyReader<Key> reader(kind);
   const std::vector<Chunk> chunks = chunks_of(entries, entries + num_entries);
-  parallel_for(chunks.size(), kGrain, [&](int64_t first, int64_t last) {
+  int64_t elements = 0;
+  for (const Chunk& chunk : chunks) elements += chunk.size;
+  parallel_for(chunks.size(), grain_of(chunks.size(), elements), [&](int64_t first, int64_t last) {
     for (int64_t c = first; c < last; ++c) {
       const TensorEntry* entry = chunks[c].entry;
       MaskWriter<Key>(reader, thresholds[entry->segment]).write(chunks[c], masks[entry - entries]);
