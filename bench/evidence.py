@@ -16,7 +16,7 @@ import torch
 
 import fastprune as fp
 
-from . import cases, floor, memory, results, timing
+from . import cases, floor, gsm_evidence, memory, results, timing
 from .case import OURS, Case
 from .gpu_check import Command, run_command
 from .run import SEED, checked, run_case, table
@@ -53,6 +53,12 @@ def selection_speed() -> None:
 def gsm_speed() -> None:
     """The GSM step beside torch's fused SGD and the eager method, and its fixed cost."""
     measure_speed("gsm_step/[re]*/*")  # resnet50, elements161
+
+
+def gsm_digits() -> None:
+    """GSM on the digits: accuracy after zeroing at 10x, 20x and 40x, and in blocks; 3 seeds."""
+    for subject, quantity, value, unit in gsm_evidence.measure():
+        fact("gsm_digits", subject, quantity, value, unit)
 
 
 def measure_speed(pattern: str) -> None:
@@ -224,6 +230,7 @@ EXPERIMENTS: dict[str, Callable[[], None]] = {
     for function in (
         selection_speed,
         gsm_speed,
+        gsm_digits,
         selection_scaling,
         selection_memory,
         beyond_2_to_31_elements,

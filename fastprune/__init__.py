@@ -11,6 +11,7 @@ from .ops import (
     layer_topk_masks,
     use_reference,
 )
+from .tickets import mask_gradients, rewind
 
 __all__ = [
     "MaskSet",
@@ -20,9 +21,11 @@ __all__ = [
     "layer_topk",
     "layer_topk_masks",
     "magnitude",
+    "mask_gradients",
     "num_kept",
     "ops",
     "optim",
+    "rewind",
     "use_reference",
 ]
 __version__ = "0.1.0"

@@ -39,8 +39,8 @@ struct BlockShape {
 
 // The order is the definition's: down the outputs of each column from zero, then along the inputs
 // from zero. Columns are independent, so several are summed at a time.
-template <ScoreKind kKind, typename Storage>
-__device__ __forceinline__ auto sum_block(const Storage* value, const Storage* gradient,
+template <ScoreKind kKind, typename Storage, typename Gradient>
+__device__ __forceinline__ auto sum_block(const Storage* value, const Gradient* gradient,
                                           int64_t first, BlockShape size, int64_t output_stride,
                                           int64_t input_stride) {
   using Score = typename ScoreTraits<Storage>::Score;
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kWalkThreads, 2)
     const int64_t first = output * entry.output_stride + input * entry.input_stride +
                           offset_of(entry.tensor.layout, tap);
     const int64_t at = (row * entry.columns.size + column) * entry.taps.size + tap;
-    with_storage<Key>(entry.tensor, [&](const auto* value, const auto* gradient) {
+    with_storage<kKind, Key>(entry.tensor, [&](const auto* value, const auto* gradient) {
       const auto sum =
           sum_block<kKind>(value, gradient, first, size, entry.output_stride, entry.input_stride);
       static_cast<std::remove_const_t<decltype(sum)>*>(entry.sums)[at] = sum;

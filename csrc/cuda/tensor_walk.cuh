@@ -160,31 +160,40 @@ void with_key_and_kind(bool is_double, ScoreKind kind, Run run) {
   is_double ? with_kind(uint64_t{}) : with_kind(uint32_t{});
 }
 
-// The tensor's data as pointers of its type; a 64-bit key means float64.
-template <typename Key, typename Use>
+// The tensor's data as pointers of their types; a 64-bit key means float64. Only a saliency has a
+// gradient, and only that of a float32 value may be of another type.
+template <ScoreKind kKind, typename Key, typename Use>
 __device__ __forceinline__ void with_storage(const TensorEntry& tensor, Use use) {
-  const auto as = [&](auto of_type) {
-    using Storage = decltype(of_type);
-    const auto* value = static_cast<const Storage*>(tensor.value);
-    const auto* gradient = static_cast<const Storage*>(tensor.gradient);
-    use(value, gradient);
+  const auto as = [&](auto of_type, auto of_gradient) {
+    use(static_cast<const decltype(of_type)*>(tensor.value),
+        static_cast<const decltype(of_gradient)*>(tensor.gradient));
   };
+  const bool has_pair = kKind == ScoreKind::kSaliency && tensor.gradient_dtype != tensor.dtype;
   if constexpr (sizeof(Key) == sizeof(double)) {
-    as(double{});
-  } else if (tensor.dtype == DType::kFloat32) {
-    as(float{});
+    as(double{}, double{});
   } else if (tensor.dtype == DType::kBFloat16) {
-    as(BFloat16{});
-  } else {
-    as(Float16{});
+    as(BFloat16{}, BFloat16{});
+  } else if (tensor.dtype == DType::kFloat16) {
+    as(Float16{}, Float16{});
+  } else if (!has_pair) {
+    as(float{}, float{});
+  } else if constexpr (kKind == ScoreKind::kSaliency) {
+    if (tensor.gradient_dtype == DType::kBFloat16) {
+      as(float{}, BFloat16{});
+    } else {
+      as(float{}, Float16{});
+    }
   }
 }
 
-template <typename Storage>
-struct alignas(16) Vector {
-  static constexpr int kLanes = 16 / sizeof(Storage);
-  Storage lane[kLanes];
+// Neighbouring elements that one instruction loads or stores: 128 bits, or fewer.
+template <typename Storage, int kCount>
+struct alignas(kCount * sizeof(Storage)) Lanes {
+  Storage lane[kCount];
 };
+
+template <typename Storage>
+constexpr int kVectorLanes = 16 / sizeof(Storage);
 
 // Keys of neighbouring elements.
 template <typename Key, int kCount>
@@ -196,48 +205,51 @@ struct Keys {
 // Pointers read from a table could be to any memory; saying which gives the plain load
 // instructions.
 template <typename T>
-__device__ __forceinline__ const T* in_global_memory(const T* pointer) {
+__device__ __forceinline__ T* in_global_memory(T* pointer) {
 #if defined(__CUDACC__)
   __builtin_assume(__isGlobal(pointer));
 #endif
   return pointer;
 }
 
-// How many elements come before the first one on a 16-byte boundary.
-template <typename Storage>
+// How many elements come before the first one where Lanes of them may begin.
+template <int kCount, typename Storage>
 __device__ __forceinline__ int elements_to_boundary(const Storage* data) {
-  const auto past = static_cast<int>(reinterpret_cast<uintptr_t>(data) % 16 / sizeof(Storage));
-  return past == 0 ? 0 : Vector<Storage>::kLanes - past;
+  constexpr size_t kBytes = sizeof(Lanes<Storage, kCount>);
+  const auto past = static_cast<int>(reinterpret_cast<uintptr_t>(data) % kBytes / sizeof(Storage));
+  return past == 0 ? 0 : kCount - past;
 }
 
 // Calls visit(keys, index of the first one) for all of `size` elements, each thread with its own:
-// vectors of them between the 16-byte boundaries, single ones elsewhere.
-template <ScoreKind kKind, typename Key, typename Storage, typename Visit>
-__device__ __forceinline__ void visit_stored(const Storage* value, const Storage* gradient,
+// vectors of them between the 16-byte boundaries of the value, single ones elsewhere. A narrower
+// gradient is loaded in vectors of as many elements, so of fewer bytes.
+template <ScoreKind kKind, typename Key, typename Storage, typename Gradient, typename Visit>
+__device__ __forceinline__ void visit_stored(const Storage* value, const Gradient* gradient,
                                              int size, Visit& visit) {
-  using Lanes = Vector<Storage>;
-  constexpr int kLanes = Lanes::kLanes;
+  constexpr int kLanes = kVectorLanes<Storage>;
+  using Values = Lanes<Storage, kLanes>;
+  using Gradients = Lanes<Gradient, kLanes>;
   constexpr bool kSaliency = kKind == ScoreKind::kSaliency;
   const int thread = threadIdx.x;
   value = in_global_memory(value);
   if constexpr (kSaliency) gradient = in_global_memory(gradient);
 
-  int head = elements_to_boundary(value);
-  if (kSaliency && elements_to_boundary(gradient) != head) head = size;
+  int head = elements_to_boundary<kLanes>(value);
+  if (kSaliency && elements_to_boundary<kLanes>(gradient) != head) head = size;
   head = head > size ? size : head;
   const int num_vectors = (size - head) / kLanes;
 
   FASTPRUNE_ROLLED
   for (int first = thread; first < num_vectors; first += kLoadsInFlight * kWalkThreads) {
-    Lanes values[kLoadsInFlight];
-    Lanes gradients[kSaliency ? kLoadsInFlight : 1];
+    Values values[kLoadsInFlight];
+    Gradients gradients[kSaliency ? kLoadsInFlight : 1];
     FASTPRUNE_UNROLLED
     for (int row = 0; row < kLoadsInFlight; ++row) {  // all loads before the first use
       const int v = first + row * kWalkThreads;
-      values[row] = v < num_vectors ? reinterpret_cast<const Lanes*>(value + head)[v] : Lanes{};
+      values[row] = v < num_vectors ? reinterpret_cast<const Values*>(value + head)[v] : Values{};
       if constexpr (kSaliency) {
         gradients[row] =
-            v < num_vectors ? reinterpret_cast<const Lanes*>(gradient + head)[v] : Lanes{};
+            v < num_vectors ? reinterpret_cast<const Gradients*>(gradient + head)[v] : Gradients{};
       }
     }
     FASTPRUNE_UNROLLED
@@ -245,7 +257,7 @@ __device__ __forceinline__ void visit_stored(const Storage* value, const Storage
       const int v = first + row * kWalkThreads;
       if (v >= num_vectors) break;
       Keys<Key, kLanes> keys;
-      const Storage* pair = gradients[kSaliency ? row : 0].lane;
+      const Gradient* pair = gradients[kSaliency ? row : 0].lane;
       FASTPRUNE_UNROLLED
       for (int lane = 0; lane < kLanes; ++lane) {
         keys.key[lane] = element_key<kKind>(values[row].lane, pair, lane);
@@ -272,7 +284,7 @@ template <ScoreKind kKind, typename Key, typename Visit>
 __device__ __forceinline__ void visit_keys(const TensorEntry& tensor, int64_t chunk, Visit visit) {
   const int size = chunk_size<Key>(tensor, chunk);
   const int64_t begin = chunk * Chunks<Key>::kSize;
-  with_storage<Key>(tensor, [&](const auto* value, const auto* gradient) {
+  with_storage<kKind, Key>(tensor, [&](const auto* value, const auto* gradient) {
     visit_stored<kKind, Key>(value + begin, gradient == nullptr ? nullptr : gradient + begin, size,
                              visit);
   });
@@ -283,7 +295,7 @@ template <ScoreKind kKind, typename Key>
 __device__ __forceinline__ Key key_at(const TensorEntry& tensor, int64_t position) {
   const int64_t offset = offset_of(tensor.layout, position);
   Key key = 0;
-  with_storage<Key>(tensor, [&](const auto* value, const auto* gradient) {
+  with_storage<kKind, Key>(tensor, [&](const auto* value, const auto* gradient) {
     key = element_key<kKind>(value, gradient, offset);
   });
   return key;

@@ -14,7 +14,8 @@ Score = Literal["value", "magnitude", "saliency"]
 Tensors = Sequence[Tensor]
 
 SCORED = {"value": "scores", "magnitude": "weights", "saliency": "weight * gradient"}
-FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+HALF = (torch.bfloat16, torch.float16)
+FLOATING = (torch.float32, torch.float64, *HALF)
 
 
 class Selection(NamedTuple):
@@ -238,7 +239,9 @@ def _check_pairs(values: Tensors, gradients: Tensors) -> None:
             f"gradients must have one tensor per weight, got {len(gradients)} for {len(values)}"
         )
     for i, (value, gradient) in enumerate(zip(values, gradients, strict=True)):
-        for what in ("shape", "dtype", "device"):
+        # The float32 master of a 16-bit parameter goes with the parameter's gradient.
+        master = value.dtype == torch.float32 and gradient.dtype in HALF
+        for what in ("shape", "device") if master else ("shape", "dtype", "device"):
             if getattr(gradient, what) != getattr(value, what):
                 raise ValueError(
                     f"gradients[{i}] must have the {what} of its weight, {getattr(value, what)}, "
@@ -334,4 +337,4 @@ def _dense(tensor: Tensor) -> Tensor:
 def laid_out_like(tensor: Tensor, model: Tensor) -> Tensor:
     if tensor.stride() == model.stride():
         return tensor
-    return torch.empty_like(model).copy_(tensor)
+    return torch.empty_like(model, dtype=tensor.dtype).copy_(tensor)

@@ -18,6 +18,18 @@ from ..ops.select import (
     select_pool,
 )
 from .decay import warn_if_weights_stay
+from .sharded import (
+    Shard,
+    check_not_flat,
+    check_pool,
+    is_sharded,
+    local,
+    local_gradient,
+    magnitude_masks,
+    select_pool_sharded,
+    shard_of,
+    whole,
+)
 
 HALF = (torch.bfloat16, torch.float16)
 TIES = ("exact", "paper")
@@ -34,6 +46,7 @@ class _Lists(NamedTuple):
     rows: list[int]
 
     pool: list[int]  # which of them are in the pool
+    shards: list[Shard]  # of the pool's, if any is sharded
 
 
 class GSM(Optimizer):
@@ -110,14 +123,24 @@ class GSM(Optimizer):
             _check_group(group)
             for i, parameter in enumerate(group["params"]):
                 _check_parameter(i, parameter, self._is_pruned(group, parameter), self._block)
+                check_not_flat(group.get("param_names", {i: f"params[{i}]"})[i], parameter)
+            check_pool(self._pool(), self._block)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
         self._lists = self._total = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # torch's own names three attributes; without ours a copy would not know its sparsity.
+        options = ("_sparsity", "_num_kept", "_block", "_ties")
+        state: dict[str, Any] = super().__getstate__()
+        return {**state, **{name: getattr(self, name) for name in options}}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._parameters, self._strides = [], []
         self._lists = self._total = None
+        self._device_counts, self._device_settings = {}, None
         for group in self.param_groups:
             group.setdefault("prune", None)
             group.setdefault("num_steps", 0)
@@ -247,7 +270,7 @@ class GSM(Optimizer):
         return lists._replace(gradients=fit)
 
     def _collect_anew(self) -> _Lists:
-        lists = _Lists([], [], [], [], [], [], [])
+        lists = _Lists([], [], [], [], [], [], [], [])
         position = 0
         complete = True
         self._parameters = [p for group in self.param_groups for p in group["params"]]
@@ -257,18 +280,20 @@ class GSM(Optimizer):
                     complete = False
                     continue
                 first_step = not self.state[parameter]
-                complete = complete and not first_step
+                complete = complete and not first_step and not is_sharded(parameter)
                 state = self._state(parameter)
-                weight = state.get("master", parameter)
-                copied = weight is not parameter
+                weight = local(state.get("master", parameter))
+                copied = "master" in state
                 lists.weights.append(weight)
-                lists.momenta.append(state["momentum_buffer"])
-                lists.copies.append(parameter if copied else weight.new_empty(0))
-                lists.gradients.append(_usable(parameter.grad, weight))
+                lists.momenta.append(local(state["momentum_buffer"]))
+                lists.copies.append(local(parameter) if copied else weight.new_empty(0))
+                lists.gradients.append(_usable(local_gradient(parameter), weight))
                 lists.rows.append(2 * g + first_step)
                 if self._is_pruned(group, parameter):
                     lists.pool.append(len(lists.positions))
-                    lists.positions.append(position)
+                    shard = shard_of(parameter)
+                    lists.shards.append(shard)
+                    lists.positions.append(position + shard.offset)
                     position += parameter.numel()
                 else:
                     lists.positions.append(-1)
@@ -282,7 +307,11 @@ class GSM(Optimizer):
         device = lists.weights[0].device
         weights = [lists.weights[i] for i in lists.pool]
         gradients = [lists.gradients[i] for i in lists.pool]
-        choice = select_pool(weights, gradients, self._count_tensor(device), self._block)
+        num_kept = self._count_tensor(device)
+        if any(shard.group is not None for shard in lists.shards):
+            choice = select_pool_sharded(weights, gradients, num_kept, self._block, lists.shards)
+        else:
+            choice = select_pool(weights, gradients, num_kept, self._block)
         gates: list[Tensor] = []
         if choice.gates is not None:
             gates = [weights[0].new_empty(0, dtype=torch.bool)] * len(lists.weights)
@@ -312,21 +341,28 @@ class GSM(Optimizer):
     @torch.no_grad()
     def masks(self) -> MaskSet:
         """True for the `num_kept` weights of largest magnitude: what `finish()` would keep."""
-        pool = self._pool()
-        weights = [self.state[p].get("master", p) if p in self.state else p for _, p in pool]
-        kept = global_topk_masks(weights, self.num_kept(), score="magnitude", block=self._block)
-        return MaskSet({name: mask for (name, _), mask in zip(pool, kept, strict=True)})
+        pieces = zip(self._pool(), self._local_masks(), strict=True)
+        return MaskSet({name: whole(mask, parameter) for (name, parameter), mask in pieces})
+
+    def _local_masks(self) -> list[Tensor]:
+        pool = [p for _, p in self._pool()]
+        weights = [local(self.state[p].get("master", p) if p in self.state else p) for p in pool]
+        shards = [shard_of(p) for p in pool]
+        if any(shard.group is not None for shard in shards):
+            num_kept = self._count_tensor(weights[0].device)
+            return magnitude_masks(weights, num_kept, self._block, shards)
+        return global_topk_masks(weights, self.num_kept(), score="magnitude", block=self._block)
 
     @torch.no_grad()
     def finish(self) -> MaskSet:
         """Writes true zeros to all but the `num_kept` largest weights; returns what stayed."""
-        masks = self.masks()
-        for name, parameter in self._pool():
-            dropped = ~masks[name]
+        masks = {}
+        for (name, parameter), kept in zip(self._pool(), self._local_masks(), strict=True):
             for tensor in (parameter, self.state[parameter].get("master")):
                 if tensor is not None:
-                    tensor.masked_fill_(dropped, 0.0)
-        return masks
+                    local(tensor).masked_fill_(~kept, 0.0)
+            masks[name] = whole(kept, parameter)
+        return MaskSet(masks)
 
     @torch.no_grad()
     def resync(self) -> None:

@@ -16,6 +16,7 @@ from ..methods.baselines import Scope
 from ..ops import build_info, global_topk
 from .console import arrow, bar, print_table
 from .data import Digits, load_digits
+from .gsm_demo import EPOCHS, GsmRow, print_gsm, prune_by_gsm
 from .loop import accuracy, train
 
 SPARSITIES = (0.5, 0.8, 0.9, 0.95)
@@ -55,6 +56,7 @@ class DemoResult:
     dense_accuracy: float
     rows: list[PrunedModel]
     selection: SelectionTime
+    gsm: list[GsmRow]
 
 
 def digits_cnn() -> nn.Sequential:
@@ -83,15 +85,20 @@ def _conv_bn_relu(number: str, inputs: int, outputs: int) -> list[tuple[str, nn.
 
 
 def run_demo(
-    *, epochs: int = 10, seed: int = 0, shapes: list[tuple[int, int]] = TIMED_SHAPES
+    *,
+    epochs: int = 10,
+    gsm_epochs: int = EPOCHS,
+    seed: int = 0,
+    shapes: list[tuple[int, int]] = TIMED_SHAPES,
 ) -> DemoResult:
     """Trains, prunes, prints; the same seed gives the same masks and accuracies on a machine."""
     digits = load_digits(seed)
     model = train_dense(digits, epochs, seed)
     dense_accuracy = accuracy(model, digits.test_images, digits.test_labels)
     rows = prune_all(model, digits)
+    gsm = prune_by_gsm(model, digits, gsm_epochs, seed)
     selection = time_selection(shapes, seed)
-    result = DemoResult(dense_accuracy, rows, selection)
+    result = DemoResult(dense_accuracy, rows, selection, gsm)
     print_result(result)
     return result
 
@@ -165,6 +172,7 @@ def print_result(result: DemoResult) -> None:
     for method in METHODS:
         rows = [_cells(row, result.dense_accuracy) for row in result.rows if row.method == method]
         print_table(method, columns, rows)
+    print_gsm(result.gsm)
     _print_selection(result.selection)
     print(
         "\nThese zeros are written, not removed: the file is as large and the network as slow as\n"

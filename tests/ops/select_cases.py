@@ -49,14 +49,16 @@ class Case:
     segmented: bool = False
     device_count: bool = False
     seed: int = 0
+    gradient_dtypes: tuple[torch.dtype, ...] = ()  # where they are not those of the values
 
     def build(self, device: torch.device) -> Inputs:
         random = torch.Generator().manual_seed(self.seed)
-        values = self._tensors(CONTENTS[self.content], random, device)
+        values = self._tensors(CONTENTS[self.content], random, device, self.dtypes)
         gradients = None
         if self.score == "saliency":
             # Never zero, since infinity times zero is NaN, which no selection accepts.
-            gradients = self._tensors(nonzero_gradients, random, device)
+            dtypes = self.gradient_dtypes or self.dtypes
+            gradients = self._tensors(nonzero_gradients, random, device, dtypes)
         sizes = [_num_blocks(shape, self.block) for shape in self.shapes]
         return Inputs(
             values,
@@ -68,11 +70,15 @@ class Case:
         )
 
     def _tensors(
-        self, content: Content, random: torch.Generator, device: torch.device
+        self,
+        content: Content,
+        random: torch.Generator,
+        device: torch.device,
+        dtypes: Sequence[torch.dtype],
     ) -> list[Tensor]:
         layout = LAYOUTS[self.layout]
         return [
-            layout(t.to(self.dtypes[i % len(self.dtypes)]).to(device))
+            layout(t.to(dtypes[i % len(dtypes)]).to(device))
             for i, t in enumerate(content(self.shapes, random))
         ]
 
@@ -287,6 +293,20 @@ def _all_cases() -> Iterator[Case]:
     half = (torch.float32, torch.bfloat16, torch.float16)
     for score in SCORES:
         yield Case(f"mixed 16 and 32 bit-{score}", "normal", SHAPES, half, 0.3, score)
+    for layout in ("contiguous", "channels last"):
+        label, shapes = f"16-bit gradients-{layout}", ((33, 16, 3, 3), (5, 7, 1, 1), (1, 1, 3, 5))
+        for block in ((1, 1), (4, 3)):
+            yield Case(
+                f"{label}-{block}",
+                "normal",
+                shapes,
+                DTYPES[:1],
+                0.3,
+                "saliency",
+                layout,
+                block,
+                gradient_dtypes=(torch.bfloat16, torch.float32, torch.float16),
+            )
     yield Case("segmented mixed", "ties", SHAPES, half, 0.3, segmented=True)
     yield Case("1.2M segmented", "normal", BIG, DTYPES[:1], 0.1, "magnitude", segmented=True)
     for score in SCORES:

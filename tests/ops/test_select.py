@@ -240,7 +240,7 @@ def test_compiled_without_a_break_gives_the_same(
     assert_same(compiled(values, gradients, num_kept), expected)
 
 
-@pytest.mark.parametrize("name", SCHEMAS)
+@pytest.mark.parametrize("name", ["select_threshold", "select_masks", "block_scores"])
 def test_use_reference_reaches_the_reference_and_only_inside(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -339,9 +339,9 @@ ERRORS: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ),
     (
         "gradient's dtype",
-        lambda: fp.global_topk([V], 1, score="saliency", gradients=[V.half()]),
+        lambda: fp.global_topk([V], 1, score="saliency", gradients=[V.double()]),
         ValueError,
-        r"gradients\[0\] must have the dtype.*float32, got torch.float16",
+        r"gradients\[0\] must have the dtype.*float32, got torch.float64",
     ),
     (
         "block of a vector",

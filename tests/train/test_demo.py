@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from fastprune.masks import num_kept
-from fastprune.train import accuracy, load_digits, train
+from fastprune.optim.decay import passive_residual
+from fastprune.train import accuracy, gsm_demo, load_digits, train
 from fastprune.train.console import arrow, bar
 from fastprune.train.demo import METHODS, SPARSITIES, DemoResult, digits_cnn, run_demo
 
-SHORT: dict[str, Any] = {"epochs": 2, "seed": 3, "shapes": [(64, 64)]}
+SHORT: dict[str, Any] = {"epochs": 2, "gsm_epochs": 2, "seed": 3, "shapes": [(64, 64)]}
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +45,31 @@ def test_the_network_learns_and_every_row_has_its_exact_count(result: DemoResult
     assert all(found[0] > found[-1] for found in by_method.values())
 
 
+def test_gsm_rows_have_their_exact_count_and_are_printed(
+    printed: tuple[DemoResult, str],
+) -> None:
+    result, out = printed
+    assert [r.asked for r in result.gsm] == [0.9, 0.95, 0.975]
+    for row in result.gsm:
+        assert row.num_kept == num_kept(row.asked, 25_744) and f"{row.num_kept:,}" in out
+        assert f"GSM, {row.asked:.1%} zeros: 2 epochs" in out
+        assert row.dense == result.dense_accuracy
+
+
+def test_the_schedule_of_the_demo_decays_passive_weights() -> None:
+    steps = gsm_demo.EPOCHS * 22
+
+    def lr(step: int) -> float:
+        return gsm_demo.LR * 0.1 ** ((step >= steps * 6 // 10) + (step >= steps * 8 // 10))
+
+    left = passive_residual(steps, lr, gsm_demo.MOMENTUM, gsm_demo.WEIGHT_DECAY)
+    assert left < 0.01
+
+
 def test_the_same_seed_gives_the_same_rows(result: DemoResult) -> None:
     again = run_demo(**SHORT)
     assert again.dense_accuracy == result.dense_accuracy
+    assert again.gsm == result.gsm
     for row, same in zip(result.rows, again.rows, strict=True):
         assert row.masks == same.masks and row.accuracy == same.accuracy
 

@@ -1,0 +1,153 @@
+"""GSM on scikit-learn's digits: accuracy after zeroing, beside one-shot magnitude pruning."""
+
+import copy
+import multiprocessing
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from fractions import Fraction
+from statistics import mean
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim.lr_scheduler import MultiStepLR
+
+import fastprune as fp
+from fastprune.optim import GSM, prunable_groups
+from fastprune.train import accuracy, load_digits
+from fastprune.train.data import Digits
+
+BASE_STEPS = 3_000
+STEPS = 12_000
+BATCH = 64
+SEEDS = (0, 1, 2)
+# Ratio of weights to kept weights: least accuracy after zeroing, least lead over magnitude (points)
+ACCEPTED = {10: (96.0, 3.0), 20: (96.0, 20.0), 40: (95.0, 60.0)}
+BLOCK = (16, 1)
+Fact = tuple[str, str, Any, str]  # subject, quantity, value, unit
+
+
+class Run(NamedTuple):
+    """One network, pruned; accuracies in percent."""
+
+    seed: int
+    ratio: int
+    block: tuple[int, int]
+    dense: float
+    magnitude: float
+    before: float
+    after: float
+    blocks_asked: int
+    blocks_alive: int
+
+
+def network(seed: int) -> nn.Sequential:
+    """64-128-64-10: 17,024 prunable weights."""
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(64, 128),
+        nn.ReLU(),
+        nn.Linear(128, 64),
+        nn.ReLU(),
+        nn.Linear(64, 10),
+    )
+
+
+def fit(
+    model: nn.Module, optimizer: torch.optim.Optimizer, digits: Digits, steps: int, seed: int
+) -> None:
+    schedule = MultiStepLR(optimizer, [steps * 6 // 10, steps * 8 // 10])
+    order = torch.Generator().manual_seed(seed)
+    step = 0
+    while step < steps:
+        for batch in torch.randperm(len(digits.train_labels), generator=order).split(BATCH):
+            loss = F.cross_entropy(model(digits.train_images[batch]), digits.train_labels[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            step += 1
+            if step == steps:
+                return
+
+
+def one_run(seed: int, ratio: int, block: tuple[int, int]) -> Run:
+    torch.set_num_threads(1)
+    digits = load_digits(seed)
+
+    def percent(of: nn.Module) -> float:
+        return 100 * accuracy(of, digits.test_images, digits.test_labels)
+
+    model = network(seed)
+    dense = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
+    fit(model, dense, digits, BASE_STEPS, seed)
+    sparsity = 1 - Fraction(1, ratio)
+    one_shot = copy.deepcopy(model)
+    fp.magnitude(one_shot, sparsity, block=block).apply(one_shot)
+    dense_accuracy = percent(model)
+
+    groups = prunable_groups(model)
+    groups[1]["weight_decay"] = 0.0  # biases, as in the published code
+    optimizer = GSM(groups, 0.05, momentum=0.98, weight_decay=1e-3, sparsity=sparsity, block=block)
+    fit(model, optimizer, digits, STEPS, seed + 100)
+    before = percent(model)
+    optimizer.finish()
+    alive = sum(blocks_alive(mask, block) for mask in fp.MaskSet.of(model).values())
+    after = percent(model)
+    return Run(seed, ratio, block, dense_accuracy, percent(one_shot), before, after,
+               optimizer.num_kept(), alive)  # fmt: skip
+
+
+def blocks_alive(mask: torch.Tensor, block: tuple[int, int]) -> int:
+    rows = mask.split(block[0], 0)
+    return sum(int(tile.any()) for row in rows for tile in row.split(block[1], 1))
+
+
+def all_runs(processes: int = 2) -> list[Run]:
+    jobs = [(seed, ratio, (1, 1)) for ratio in ACCEPTED for seed in SEEDS]
+    jobs += [(seed, ratio, BLOCK) for ratio in (10, 20) for seed in SEEDS]
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=spawn) as pool:
+        return list(pool.map(one_run, *zip(*jobs, strict=True)))
+
+
+def facts(runs: list[Run]) -> list[Fact]:
+    found: list[Fact] = []
+    for ratio, block in dict.fromkeys((run.ratio, run.block) for run in runs):
+        chosen = [run for run in runs if (run.ratio, run.block) == (ratio, block)]
+        subject = f"digits MLP, 1/{ratio} kept" + (f", blocks {block}" if block != (1, 1) else "")
+        for what, name in [
+            ("dense", "accuracy of the dense network"),
+            ("magnitude", "accuracy of one-shot magnitude"),
+            ("before", "accuracy of GSM before zeroing"),
+            ("after", "accuracy of GSM after zeroing"),
+        ]:
+            values = [float(getattr(run, what)) for run in chosen]
+            found.append((subject, f"mean {name}", round(mean(values), 2), "%"))
+            found.append((subject, f"{name}, seeds", " ".join(f"{v:.2f}" for v in values), "%"))
+        found.append((subject, "blocks kept" if block != (1, 1) else "weights kept",
+                      chosen[0].blocks_alive, f"of {chosen[0].blocks_asked} asked"))  # fmt: skip
+    return found
+
+
+def failures(runs: list[Run]) -> list[str]:
+    """What the runs do not show, in words."""
+    missed = [f"{run}: not the number that was asked for"
+              for run in runs if run.blocks_alive != run.blocks_asked]  # fmt: skip
+    for ratio, (least, lead) in ACCEPTED.items():
+        chosen = [run for run in runs if run.ratio == ratio and run.block == (1, 1)]
+        after, other = (mean(getattr(r, w) for r in chosen) for w in ("after", "magnitude"))
+        if after < least or after < other + lead:
+            missed.append(f"1/{ratio}: {after:.2f}% after zeroing, magnitude {other:.2f}%; "
+                          f"accepted are {least}% and {lead} points more")  # fmt: skip
+    return missed
+
+
+def measure() -> list[Fact]:
+    warnings.simplefilter("ignore", UserWarning)  # biases without weight decay are meant
+    runs = all_runs()
+    if missed := failures(runs):
+        raise AssertionError("\n".join([*missed, *map(str, facts(runs))]))
+    return facts(runs)
