@@ -1,6 +1,6 @@
 """fastprune: optimizers and kernels that prune neural networks."""
 
-from . import ops, optim
+from . import ops, optim, schedules
 from .masks import MaskSet, num_kept
 from .methods import magnitude
 from .ops import (
@@ -26,6 +26,7 @@ __all__ = [
     "ops",
     "optim",
     "rewind",
+    "schedules",
     "use_reference",
 ]
 __version__ = "0.1.0"

@@ -41,7 +41,7 @@ WINNERS = {
     "select_threshold": {"CPU": "C++", "CUDA": "CUDA C++"},
     "select_masks": {"CPU": "C++", "CUDA": "CUDA C++"},
     "block_scores": {"CPU": "C++", "CUDA": "CUDA C++"},
-    "gsm_update_": {"CPU": "C++"},
+    "gsm_update_": {"CPU": "C++", "CUDA": "CUDA C++"},
 }
 
 

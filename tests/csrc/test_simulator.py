@@ -60,6 +60,7 @@ KERNELS = [
         )
         for source in SELECTION
     ),
+    Kernel(ROOT / "csrc/cuda/gsm.cu", HERE / "gsm_driver.cpp", daily=False),
 ]
 MUTANTS = [
     pytest.param(
@@ -188,7 +189,9 @@ def test_a_mistake_is_reported(workshop, mistake, sanitizer, message):
 
 
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
-@pytest.mark.parametrize("kernel", KERNELS[:2], ids=lambda kernel: kernel.driver.stem)
+@pytest.mark.parametrize(
+    "kernel", {k.driver: k for k in KERNELS}.values(), ids=lambda kernel: kernel.driver.stem
+)
 def test_right_kernels_pass(workshop, kernel, sanitizer):
     program = workshop.program(kernel, sanitizer).result()
     for seed, order in SCHEDULES if kernel.daily or sanitizer != "thread" else SCHEDULES[:1]:

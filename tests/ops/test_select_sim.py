@@ -10,16 +10,11 @@ from torch import Tensor
 
 from fastprune.ops import reference
 from tests.ops.select_cases import BIG, CASES, DTYPES, LAYOUTS, SCORES, Case
-from tests.sim_library import HAS_COMPILER, simulated_operators
+from tests.sim_library import HAS_COMPILER
 
 pytestmark = pytest.mark.skipif(not HAS_COMPILER, reason="needs a C++ compiler (g++ or CXX)")
 
 DENSE = ("contiguous", "channels last", "five dims", "transposed", "reversed", "offset")
-
-
-@pytest.fixture(scope="session")
-def simulator(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return simulated_operators(tmp_path_factory.mktemp("simulator"))
 
 
 def assert_same(ours: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
