@@ -205,7 +205,7 @@ class GSM(Optimizer):
         if callable(sparsity):
             steps = self.param_groups[0]["num_steps"]
             sparsity = sparsity(steps)
-        return num_kept(sparsity, total)  # type: ignore[arg-type]
+        return _count(sparsity, total)
 
     def _pool_size(self) -> int:
         if self._total is None:
@@ -216,6 +216,8 @@ class GSM(Optimizer):
         return self._total
 
     def _count_tensor(self, device: torch.device) -> Tensor:
+        if torch.compiler.is_compiling():
+            return torch.tensor(self.num_kept(), device=device)
         key = (self.num_kept(), device)
         if key not in self._device_counts:
             self._device_counts = {key: torch.tensor(key[0], device=device)}
@@ -230,10 +232,13 @@ class GSM(Optimizer):
         numbers = tuple(
             tuple(0.0 if isinstance(v, Tensor) else float(v) for v in row) for row in rows
         )
-        if self._device_settings is None or self._device_settings[0] != (numbers, device):
-            fresh = torch.tensor(numbers, dtype=torch.float64, device=device)
-            self._device_settings = ((numbers, device), fresh)
-        settings = self._device_settings[1]
+        held = self._device_settings
+        if held is not None and held[0] == (numbers, device) and not torch.compiler.is_compiling():
+            settings = held[1]
+        else:
+            settings = torch.tensor(numbers, dtype=torch.float64, device=device)
+            if not torch.compiler.is_compiling():
+                self._device_settings = ((numbers, device), settings)
         for i, row in enumerate(rows):
             for column, value in enumerate(row):
                 if isinstance(value, Tensor):
@@ -258,7 +263,7 @@ class GSM(Optimizer):
     def _collect(self) -> _Lists:
         """Only gradients change from step to step, once every parameter has had its first."""
         lists = self._lists
-        if lists is None:
+        if lists is None or torch.compiler.is_compiling():  # a compiled step has no use for caches
             return self._collect_anew()
         gradients = [p.grad for p in self._parameters]
         fit = [
@@ -273,7 +278,6 @@ class GSM(Optimizer):
         lists = _Lists([], [], [], [], [], [], [], [])
         position = 0
         complete = True
-        self._parameters = [p for group in self.param_groups for p in group["params"]]
         for g, group in enumerate(self.param_groups):
             for parameter in group["params"]:
                 if parameter.grad is None:
@@ -299,8 +303,10 @@ class GSM(Optimizer):
                     lists.positions.append(-1)
         if not any(copy.numel() for copy in lists.copies):
             lists = lists._replace(copies=[])
-        self._lists = lists._replace(gradients=[]) if complete else None
-        self._strides = [weight.stride() for weight in lists.weights]
+        if not torch.compiler.is_compiling():
+            self._parameters = [p for group in self.param_groups for p in group["params"]]
+            self._lists = lists._replace(gradients=[]) if complete else None
+            self._strides = [weight.stride() for weight in lists.weights]
         return lists
 
     def _update(self, lists: _Lists) -> None:
@@ -386,6 +392,10 @@ class GSM(Optimizer):
                     warn_if_weights_stay(steps, rate, group["momentum"], group["weight_decay"]),
                 )
         return residual
+
+
+# Exact decimal arithmetic, which a compiler need not trace: the result is a constant of its graph.
+_count: Callable[[Any, int], int] = torch.compiler.assume_constant_result(num_kept)
 
 
 def _usable(gradient: Tensor, weight: Tensor) -> Tensor:

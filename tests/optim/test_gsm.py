@@ -439,3 +439,26 @@ def test_wrong_input_says_what_was_expected(
 def test_no_weight_decay_warns() -> None:
     with pytest.warns(UserWarning, match="passive weights never decay"):
         GSM([W], 0.1, weight_decay=0, sparsity=0.5)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_compiled_step_gives_the_bits_of_the_plain_one(backend: str) -> None:
+    """The first step makes the state and is not compiled; a float lr is a constant of the graph."""
+    random = torch.Generator().manual_seed(0)
+    shapes = ((16, 8), (16,), (4, 3, 3, 3))
+    values = [torch.randn(shape, generator=random) for shape in shapes]
+    plain, compiled = ([nn.Parameter(v.clone()) for v in values] for _ in range(2))
+    optimizers = [fp.optim.GSM(p, lr=0.1, sparsity=0.5) for p in (plain, compiled)]
+    steps = [optimizers[0].step, optimizers[1].step]
+    for i in range(5):
+        if i == 1:
+            steps[1] = torch.compile(optimizers[1].step, fullgraph=True, backend=backend)
+        if i == 3:
+            for optimizer in optimizers:
+                optimizer.param_groups[0]["lr"] = 0.05
+        for a, b in zip(plain, compiled, strict=True):
+            a.grad = torch.randn(a.shape, generator=random)
+            b.grad = a.grad.clone()
+        for step in steps:
+            step()
+        assert all(torch.equal(a, b) for a, b in zip(plain, compiled, strict=True))
