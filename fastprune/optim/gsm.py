@@ -394,8 +394,13 @@ class GSM(Optimizer):
         return residual
 
 
-# Exact decimal arithmetic, which a compiler need not trace: the result is a constant of its graph.
-_count: Callable[[Any, int], int] = torch.compiler.assume_constant_result(num_kept)
+def _count(sparsity: Any, total: int) -> int:
+    return num_kept(sparsity, total)
+
+
+# Exact decimal arithmetic is not traced: its result is a constant of a compiled step. This is what
+# torch.compiler.assume_constant_result does, which would import the compiler here and now.
+_count._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _usable(gradient: Tensor, weight: Tensor) -> Tensor:
