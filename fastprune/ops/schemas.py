@@ -34,6 +34,11 @@ SCHEMAS = {
         "Tensor[] gates, Tensor threshold, Tensor tie_end, SymInt[] positions, Tensor settings, "
         "int[] rows, SymInt[2] block, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()"
     ),
+    "gsm_step_": (
+        "(Tensor(a!)[] weights, Tensor(b!)[] momenta, Tensor(c!)[] copies, Tensor[] gradients, "
+        "Tensor num_kept, SymInt[] positions, Tensor settings, int[] rows, "
+        "Tensor? grad_scale=None, Tensor? found_inf=None) -> ()"
+    ),
 }
 
 # The kernel that serves an operator where its library is built; the reference serves the rest.
@@ -42,6 +47,7 @@ WINNERS = {
     "select_masks": {"CPU": "C++", "CUDA": "CUDA C++"},
     "block_scores": {"CPU": "C++", "CUDA": "CUDA C++"},
     "gsm_update_": {"CPU": "C++", "CUDA": "CUDA C++"},
+    "gsm_step_": {"CPU": "C++", "CUDA": "CUDA C++"},
 }
 
 
@@ -86,6 +92,7 @@ FAKES: dict[str, Callable[..., Any]] = {
     "select_masks": _select_masks_fake,
     "block_scores": _block_scores_fake,
     "gsm_update_": _in_place_fake,
+    "gsm_step_": _in_place_fake,
 }
 
 

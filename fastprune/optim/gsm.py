@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from ..masks import MaskSet, Sparsity, num_kept
 from ..ops.reference.gsm import SETTINGS
 from ..ops.select import (
+    PoolChoice,
     checked_block,
     global_topk_masks,
     laid_out_like,
@@ -46,7 +47,7 @@ class _Lists(NamedTuple):
     rows: list[int]
 
     pool: list[int]  # which of them are in the pool
-    shards: list[Shard]  # of the pool's, if any is sharded
+    shards: list[Shard]  # of the pool's; empty if none is sharded
 
 
 class GSM(Optimizer):
@@ -192,6 +193,9 @@ class GSM(Optimizer):
             state["momentum_buffer"] = torch.zeros_like(parameter, dtype=dtype)
         if parameter.dtype in HALF and "master" not in state:
             state["master"] = parameter.detach().float()
+        for key, value in state.items():  # model.to(memory_format=...) moves the parameter alone
+            if value.stride() != parameter.stride():
+                state[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         return state
 
     # ------------------------------------------------------------------ counts
@@ -253,6 +257,8 @@ class GSM(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._is_skipped_start():
+            return loss
         lists = self._collect()
         if lists.weights:
             self._update(lists)
@@ -260,18 +266,29 @@ class GSM(Optimizer):
             group["num_steps"] += 1
         return loss
 
+    def _is_skipped_start(self) -> bool:
+        """A first step that AMP skips must leave no state: the next is the first one, undamped.
+
+        The one place where the device is asked; later the kernel finds out by itself.
+        """
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        return not self.state and found_inf is not None and bool(found_inf)
+
     def _collect(self) -> _Lists:
         """Only gradients change from step to step, once every parameter has had its first."""
         lists = self._lists
         if lists is None or torch.compiler.is_compiling():  # a compiled step has no use for caches
             return self._collect_anew()
-        gradients = [p.grad for p in self._parameters]
-        fit = [
-            g if g is None or g.stride() == stride else _usable(g, w)
-            for g, stride, w in zip(gradients, self._strides, lists.weights, strict=True)
-        ]
-        if any(g is None for g in fit):
-            return self._collect_anew()
+        fit = []
+        for parameter, stride in zip(self._parameters, self._strides, strict=True):
+            gradient = parameter.grad
+            if gradient is None:
+                return self._collect_anew()
+            if gradient.stride() != stride:
+                if parameter.stride() != stride:  # its memory format has changed
+                    return self._collect_anew()
+                gradient = _usable(gradient, parameter)
+            fit.append(gradient)
         return lists._replace(gradients=fit)
 
     def _collect_anew(self) -> _Lists:
@@ -303,6 +320,8 @@ class GSM(Optimizer):
                     lists.positions.append(-1)
         if not any(copy.numel() for copy in lists.copies):
             lists = lists._replace(copies=[])
+        if all(shard.group is None for shard in lists.shards):
+            lists = lists._replace(shards=[])
         if not torch.compiler.is_compiling():
             self._parameters = [p for group in self.param_groups for p in group["params"]]
             self._lists = lists._replace(gradients=[]) if complete else None
@@ -311,36 +330,32 @@ class GSM(Optimizer):
 
     def _update(self, lists: _Lists) -> None:
         device = lists.weights[0].device
-        weights = [lists.weights[i] for i in lists.pool]
-        gradients = [lists.gradients[i] for i in lists.pool]
+        step = (self._settings(device), lists.rows)
+        amp = (getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        tensors = (lists.weights, lists.momenta, lists.copies, lists.gradients)
         num_kept = self._count_tensor(device)
-        if any(shard.group is not None for shard in lists.shards):
-            choice = select_pool_sharded(weights, gradients, num_kept, self._block, lists.shards)
-        else:
-            choice = select_pool(weights, gradients, num_kept, self._block)
+        if self._block == (1, 1) and self._ties == "exact" and not lists.shards:
+            torch.ops.fastprune.gsm_step_(*tensors, num_kept, lists.positions, *step, *amp)
+            return
+        choice = self._choose(lists, num_kept)
         gates: list[Tensor] = []
         if choice.gates is not None:
-            gates = [weights[0].new_empty(0, dtype=torch.bool)] * len(lists.weights)
+            gates = [lists.weights[0].new_empty(0, dtype=torch.bool)] * len(lists.weights)
             for i, gate in zip(lists.pool, choice.gates, strict=True):
                 gates[i] = gate
-        tie_end = choice.tie_end
+        where = (gates, choice.threshold, choice.tie_end, lists.positions)
+        torch.ops.fastprune.gsm_update_(*tensors, *where, *step, self._block, *amp)
+
+    def _choose(self, lists: _Lists, num_kept: Tensor) -> PoolChoice:
+        pool = [lists.weights[i] for i in lists.pool], [lists.gradients[i] for i in lists.pool]
+        if lists.shards:
+            choice = select_pool_sharded(*pool, num_kept, self._block, lists.shards)
+        else:
+            choice = select_pool(*pool, num_kept, self._block)
         if self._ties == "paper":
-            tie_end = torch.full_like(tie_end, torch.iinfo(torch.int64).max)
-        torch.ops.fastprune.gsm_update_(
-            lists.weights,
-            lists.momenta,
-            lists.copies,
-            lists.gradients,
-            gates,
-            choice.threshold,
-            tie_end,
-            lists.positions,
-            self._settings(device),
-            lists.rows,
-            self._block,
-            getattr(self, "grad_scale", None),
-            getattr(self, "found_inf", None),
-        )
+            everywhere = torch.full_like(choice.tie_end, torch.iinfo(torch.int64).max)
+            choice = choice._replace(tie_end=everywhere)
+        return choice
 
     # ------------------------------------------------------------------ the end
 
