@@ -259,12 +259,21 @@ class GSM(Optimizer):
                 loss = closure()
         if self._is_skipped_start():
             return loss
-        lists = self._collect()
-        if lists.weights:
-            self._update(lists)
+        run = self._run
+        if torch.compiler.is_compiling() and self._has_shards():
+            run = torch.compiler.disable(run, reason="processes exchange counts in it")
+        run()
         for group in self.param_groups:
             group["num_steps"] += 1
         return loss
+
+    def _run(self) -> None:
+        lists = self._collect()
+        if lists.weights:
+            self._update(lists)
+
+    def _has_shards(self) -> bool:
+        return any(is_sharded(p) for group in self.param_groups for p in group["params"])
 
     def _is_skipped_start(self) -> bool:
         """A first step that AMP skips must leave no state: the next is the first one, undamped.
