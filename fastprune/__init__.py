@@ -2,7 +2,23 @@
 
 from . import ops, optim, schedules
 from .masks import MaskSet, num_kept
-from .methods import magnitude
+from .methods import (
+    LayerCollapse,
+    erk,
+    force,
+    iter_snip,
+    magnitude,
+    masks_from_scores,
+    random,
+    reinitialize,
+    scores,
+    shuffle_masks,
+    uniform,
+)
+from .methods.grasp import grasp
+from .methods.prospr import prospr
+from .methods.snip import snip
+from .methods.synflow import synflow
 from .ops import (
     build_info,
     global_topk,
@@ -14,19 +30,33 @@ from .ops import (
 from .tickets import mask_gradients, rewind
 
 __all__ = [
+    "LayerCollapse",
     "MaskSet",
     "build_info",
+    "erk",
+    "force",
     "global_topk",
     "global_topk_masks",
+    "grasp",
+    "iter_snip",
     "layer_topk",
     "layer_topk_masks",
     "magnitude",
     "mask_gradients",
+    "masks_from_scores",
     "num_kept",
     "ops",
     "optim",
+    "prospr",
+    "random",
+    "reinitialize",
     "rewind",
     "schedules",
+    "scores",
+    "shuffle_masks",
+    "snip",
+    "synflow",
+    "uniform",
     "use_reference",
 ]
 __version__ = "0.1.0"

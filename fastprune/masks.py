@@ -7,6 +7,7 @@ from math import floor
 from numbers import Real
 from operator import index
 from typing import NamedTuple, SupportsIndex
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -69,9 +70,13 @@ class MaskSet(Mapping[str, Tensor]):
     """Parameter name -> bool tensor of the parameter's shape, True where a weight is kept.
 
     The mapping is fixed once made; the tensors are those that were given, not copies.
+    `parameters`, by the same names, are remembered as long as they exist: an optimizer that is
+    given `model.parameters()` without names finds out by them which mask is whose.
     """
 
-    def __init__(self, masks: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, masks: Mapping[str, Tensor], parameters: Mapping[str, Tensor] | None = None
+    ) -> None:
         if not isinstance(masks, Mapping):
             raise TypeError(
                 f"masks must be a mapping of parameter name to bool tensor, got "
@@ -87,12 +92,14 @@ class MaskSet(Mapping[str, Tensor]):
                     f"{got}; for a 0/1 tensor pass mask.bool()"
                 )
         self._masks = dict(masks)
+        known = parameters or {}
+        self._owners = {name: ref(known[name]) for name in self._masks if name in known}
 
     @classmethod
     def of(cls, model: nn.Module) -> "MaskSet":
         """The non-zeros of a model's prunable weights."""
         weights = prunable_parameters(model)
-        return cls({name: weight.detach() != 0 for name, weight in weights.items()})
+        return cls({name: weight.detach() != 0 for name, weight in weights.items()}, weights)
 
     def __getitem__(self, name: str) -> Tensor:
         return self._masks[name]
@@ -103,6 +110,10 @@ class MaskSet(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._masks)
 
+    def __reduce__(self) -> tuple[type["MaskSet"], tuple[dict[str, Tensor]]]:
+        """Copies and files have the masks alone."""
+        return type(self), (self._masks,)
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, MaskSet):
             return NotImplemented
@@ -112,6 +123,12 @@ class MaskSet(Mapping[str, Tensor]):
         )
 
     __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """The parameters that the masks were made for, as far as they are known and still exist."""
+        alive = {name: owner() for name, owner in self._owners.items()}
+        return {name: parameter for name, parameter in alive.items() if parameter is not None}
 
     @property
     def layers(self) -> dict[str, LayerCount]:
@@ -138,7 +155,7 @@ class MaskSet(Mapping[str, Tensor]):
         return LayerCount(self.num_kept, self.total).sparsity
 
     def to(self, device: torch.device | str) -> "MaskSet":
-        return MaskSet({name: mask.to(device) for name, mask in self.items()})
+        return MaskSet({name: mask.to(device) for name, mask in self.items()}, self.parameters)
 
     def apply(self, model: nn.Module) -> None:
         """Writes +0.0 into every pruned weight of the model, in place.
@@ -156,7 +173,7 @@ class MaskSet(Mapping[str, Tensor]):
         first_names: dict[int, str] = {}
         for name, mask in self.items():
             if name not in parameters:
-                raise ValueError(_unknown_name(name, list(parameters)))
+                raise ValueError(unknown_name(name, list(parameters)))
             parameter = parameters[name]
             for what in ("shape", "device"):
                 expected, got = getattr(parameter, what), getattr(mask, what)
@@ -199,7 +216,7 @@ def _plain(value: object) -> str:
     return str(tuple(value)) if isinstance(value, torch.Size) else str(value)
 
 
-def _unknown_name(name: str, known: list[str]) -> str:
+def unknown_name(name: str, known: list[str]) -> str:
     # torch.compile and DistributedDataParallel put a prefix before every name.
     similar = [k for k in known if k.endswith(f".{name}") or name.endswith(f".{k}")]
     shown = similar or known[:5]

@@ -1,6 +1,8 @@
 """MaskSet, the exact count behind a sparsity, and which parameters can be pruned."""
 
 import copy
+import gc
+import pickle
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -256,3 +258,15 @@ def test_a_weight_that_is_computed_or_not_yet_there_is_named() -> None:
         prunable_parameters(nn.Sequential(nn.LazyLinear(3)))
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got dict"):
         prunable_parameters({})  # type: ignore[arg-type]
+
+
+def test_a_mask_set_knows_its_parameters_as_long_as_they_exist() -> None:
+    layer = nn.Linear(3, 2)
+    masks = MaskSet.of(layer)
+    for known in (masks.parameters, masks.to("cpu").parameters):
+        assert known.keys() == {"weight"} and known["weight"] is layer.weight
+    for other in (copy.deepcopy(masks), pickle.loads(pickle.dumps(masks)), MaskSet(masks)):
+        assert other == masks and not other.parameters
+    del layer, known
+    gc.collect()
+    assert not masks.parameters and len(masks) == 1

@@ -4,6 +4,8 @@
 #include <cmath>
 #include <tuple>
 
+#include "bindings/cpu_parallel.h"
+#include "bindings/cpu_scaling.h"
 #include "bindings/gsm_arguments.h"
 #include "bindings/tensor_list.h"
 #include "cpu/gsm.h"
@@ -11,12 +13,6 @@
 
 namespace fastprune {
 namespace {
-
-void run_parallel(int64_t begin, int64_t end, int64_t grain, ParallelFor::Body body,
-                  void* context) {
-  torch_parallel_for(begin, end, grain, body, context);
-}
-constexpr ParallelFor kParallelFor{run_parallel};
 
 bool any_double(const Tensors& tensors) {
   return !tensors.empty() && tensors[0].scalar_type() == ScalarType::Double;
@@ -37,7 +33,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> select_threshold_cpu(Tensors values, 
   std::vector<Threshold> found(segments);
   const int32_t flags =
       select_threshold(entries.data(), entries.size(), kind, num_kept.const_data_ptr<int64_t>(),
-                       segments, kParallelFor, found.data());
+                       segments, kTorchThreads, found.data());
 
   const bool is_double = any_double(values);
   Tensor threshold = torch::stable::new_empty(num_kept, num_kept.sizes(),
@@ -92,7 +88,7 @@ Tensors select_masks_cpu(Tensors values, Tensors gradients, Tensor threshold, Te
     masks.push_back(empty_mask_like(value));
     bytes.push_back(static_cast<uint8_t*>(masks.back().data_ptr()));
   }
-  select_masks(entries.data(), entries.size(), kind, limits.data(), kParallelFor, bytes.data());
+  select_masks(entries.data(), entries.size(), kind, limits.data(), kTorchThreads, bytes.data());
   return masks;
 }
 
@@ -147,27 +143,22 @@ Tensors block_scores_cpu(Tensors values, Tensors gradients, std::string score,
     const bool is_double = weight.dtype == DType::kFloat64;
     Tensor sums =
         torch::stable::new_empty(value, shape, is_double ? ScalarType::Double : ScalarType::Float);
-    block_scores(weight, kind, block[0], block[1], kParallelFor, sums.data_ptr());
+    block_scores(weight, kind, block[0], block[1], kTorchThreads, sums.data_ptr());
     all_sums.push_back(sums);
   }
   return all_sums;
 }
 
 GsmNumbers gsm_numbers(const Tensor& settings, const std::optional<Tensor>& grad_scale) {
-  GsmNumbers numbers{static_cast<const GsmSettings*>(settings.const_data_ptr()), 0, 0, 1};
-  if (grad_scale) numbers.gradient_factor = 1.0 / *grad_scale->const_data_ptr<float>();
-  return numbers;
-}
-
-bool is_skipped(const std::optional<Tensor>& found_inf) {
-  return found_inf && *found_inf->const_data_ptr<float>() != 0;
+  return {static_cast<const SgdSettings*>(settings.const_data_ptr()), 0, 0,
+          gradient_factor(grad_scale)};
 }
 
 void gsm_update_cpu(Tensors weights, Tensors momenta, Tensors copies, Tensors gradients,
                     Tensors gates, Tensor threshold, Tensor tie_end, std::vector<int64_t> positions,
                     Tensor settings, std::vector<int64_t> rows, std::vector<int64_t> block,
                     std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf) {
-  const GsmArguments arguments{weights, momenta, copies, gradients, positions, settings, rows};
+  const GsmArguments arguments{{weights, momenta, copies, gradients, settings, rows}, positions};
   check_lists(arguments);
   STD_TORCH_CHECK(block.size() == 2, "block must be two numbers");
   const GsmBlock gsm_block{block[0], block[1]};
@@ -179,14 +170,14 @@ void gsm_update_cpu(Tensors weights, Tensors momenta, Tensors copies, Tensors gr
                           ? *threshold.const_data_ptr<double>()
                           : *threshold.const_data_ptr<float>();
   numbers.tie_end = *tie_end.const_data_ptr<int64_t>();
-  gsm_update(table, gate_table, gsm_block, numbers, kParallelFor);
+  gsm_update(table, gate_table, gsm_block, numbers, kTorchThreads);
 }
 
 void gsm_step_cpu(Tensors weights, Tensors momenta, Tensors copies, Tensors gradients,
                   Tensor num_kept, std::vector<int64_t> positions, Tensor settings,
                   std::vector<int64_t> rows, std::optional<Tensor> grad_scale,
                   std::optional<Tensor> found_inf) {
-  const GsmArguments arguments{weights, momenta, copies, gradients, positions, settings, rows};
+  const GsmArguments arguments{{weights, momenta, copies, gradients, settings, rows}, positions};
   check_lists(arguments);
   STD_TORCH_CHECK(num_kept.numel() == 1 && num_kept.scalar_type() == ScalarType::Long,
                   "num_kept must be one int64 number");
@@ -195,11 +186,11 @@ void gsm_step_cpu(Tensors weights, Tensors momenta, Tensors copies, Tensors grad
   if (is_skipped(found_inf)) return;
   Threshold found{};
   select_threshold(pool.data(), pool.size(), ScoreKind::kSaliency,
-                   num_kept.const_data_ptr<int64_t>(), 1, kParallelFor, &found);
+                   num_kept.const_data_ptr<int64_t>(), 1, kTorchThreads, &found);
   GsmNumbers numbers = gsm_numbers(settings, grad_scale);
   numbers.threshold = found.score;
   numbers.tie_end = found.tie_end;
-  gsm_update(table, {}, {1, 1}, numbers, kParallelFor);
+  gsm_update(table, {}, {1, 1}, numbers, kTorchThreads);
 }
 
 }  // namespace

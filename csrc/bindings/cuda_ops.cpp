@@ -1,10 +1,10 @@
 // The CUDA operators on the LibTorch stable ABI: unpack tensors, launch, hand back the results.
 // With FASTPRUNE_SIM the same code serves the simulator, as operators on CPU tensors.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 
 #include <tuple>
 
+#include "bindings/cuda_device.h"
 #include "bindings/gsm_arguments.h"
 #include "bindings/tensor_list.h"
 #include "cuda/gsm.h"
@@ -13,51 +13,9 @@
 namespace fastprune {
 namespace {
 
-#if defined(FASTPRUNE_SIM)
-struct Device {
-  explicit Device(const Tensor&) {}
-  Stream stream = nullptr;
-  int max_blocks = 3;  // so that a block has several chunks
-};
-#else
-// Makes the tensor's device the current one as long as it lives.
-struct Device {
-  explicit Device(const Tensor& tensor) : guard(tensor.get_device_index()) {
-    const int32_t index = tensor.get_device_index();
-    void* current = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &current));
-    stream = static_cast<Stream>(current);
-    int multiprocessors = 0;
-    check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index),
-               "asking for the number of multiprocessors", __FILE__, __LINE__);
-    // As many as are resident at once: a block more would begin when the others have finished.
-    constexpr int kBlocksPerMultiprocessor = 4;
-    max_blocks = kBlocksPerMultiprocessor * multiprocessors;
-  }
-  torch::stable::accelerator::DeviceGuard guard;
-  Stream stream;
-  int max_blocks;
-};
-#endif
-
-void check_same_device(const Tensor& tensor, const Tensor& expected, const char* name) {
-  STD_TORCH_CHECK(tensor.is_cuda() == expected.is_cuda() &&
-                      tensor.get_device_index() == expected.get_device_index(),
-                  name, " must be on the device of the other tensors");
-}
-
-void check_same_device(const Tensors& tensors, const Tensor& expected, const char* name) {
-  for (const Tensor& tensor : tensors) check_same_device(tensor, expected, name);
-}
-
 ScalarType score_dtype(const Tensors& values) {
   const bool is_double = !values.empty() && values[0].scalar_type() == ScalarType::Double;
   return is_double ? ScalarType::Double : ScalarType::Float;
-}
-
-// The caching allocator gives it to others only in the order of the stream.
-Tensor empty_scratch(const Tensor& like, size_t bytes) {
-  return torch::stable::new_empty(like, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
 }
 
 struct Selected {
@@ -175,15 +133,6 @@ Tensors block_scores_cuda(Tensors values, Tensors gradients, std::string score,
   return all_sums;
 }
 
-const float* device_float(const std::optional<Tensor>& tensor, const Tensor& like,
-                          const char* name) {
-  if (!tensor) return nullptr;
-  check_same_device(*tensor, like, name);
-  STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::Float && tensor->numel() == 1, name,
-                  " must be one float32 number");
-  return tensor->const_data_ptr<float>();
-}
-
 void check_devices(const GsmArguments& a) {
   for (const Tensors* list : {&a.weights, &a.momenta, &a.copies, &a.gradients}) {
     check_same_device(*list, a.settings, "every tensor");
@@ -195,7 +144,7 @@ void gsm_update_cuda(Tensors weights, Tensors momenta, Tensors copies, Tensors g
                      std::vector<int64_t> positions, Tensor settings, std::vector<int64_t> rows,
                      std::vector<int64_t> block, std::optional<Tensor> grad_scale,
                      std::optional<Tensor> found_inf) {
-  const GsmArguments arguments{weights, momenta, copies, gradients, positions, settings, rows};
+  const GsmArguments arguments{{weights, momenta, copies, gradients, settings, rows}, positions};
   check_lists(arguments);
   check_devices(arguments);
   check_same_device(gates, settings, "gates");
@@ -217,7 +166,7 @@ void gsm_update_cuda(Tensors weights, Tensors momenta, Tensors copies, Tensors g
   }
   const Device device(settings);
   const GsmNumbers numbers{threshold.data_ptr(), tie_end.const_data_ptr<int64_t>(),
-                           settings.const_data_ptr<double>(),
+                           static_cast<const SgdSettings*>(settings.const_data_ptr()),
                            device_float(grad_scale, settings, "grad_scale"),
                            device_float(found_inf, settings, "found_inf")};
   const Tensor scratch = empty_scratch(settings, gsm_update_scratch(table, !gates.empty()));
@@ -229,7 +178,7 @@ void gsm_step_cuda(Tensors weights, Tensors momenta, Tensors copies, Tensors gra
                    Tensor num_kept, std::vector<int64_t> positions, Tensor settings,
                    std::vector<int64_t> rows, std::optional<Tensor> grad_scale,
                    std::optional<Tensor> found_inf) {
-  const GsmArguments arguments{weights, momenta, copies, gradients, positions, settings, rows};
+  const GsmArguments arguments{{weights, momenta, copies, gradients, settings, rows}, positions};
   check_lists(arguments);
   check_devices(arguments);
   check_same_device(num_kept, settings, "num_kept");
@@ -241,7 +190,7 @@ void gsm_step_cuda(Tensors weights, Tensors momenta, Tensors copies, Tensors gra
   const Device device(settings);
   const Selected found = select(pool, ScoreKind::kSaliency, num_kept, device);
   const GsmNumbers numbers{found.threshold.data_ptr(), found.tie_end.const_data_ptr<int64_t>(),
-                           settings.const_data_ptr<double>(),
+                           static_cast<const SgdSettings*>(settings.const_data_ptr()),
                            device_float(grad_scale, settings, "grad_scale"),
                            device_float(found_inf, settings, "found_inf")};
   const Tensor scratch = empty_scratch(settings, gsm_update_scratch(table, false));

@@ -2,15 +2,13 @@
 // an element is active follows from the element alone, so nothing about the pool is stored.
 #include "cpu/gsm.h"
 
-#include <algorithm>
-#include <cmath>
-#include <memory>
 #include <vector>
 
 #include "common/narrow.h"
 #include "cpu/isa.h"
-#include "cpu/key_tiles.h"
+#include "cpu/narrow_copy.h"
 #include "cpu/prefetch.h"
+#include "cpu/sgd.h"
 
 namespace fastprune {
 namespace {
@@ -26,15 +24,12 @@ struct StepTile {
 };
 
 struct StepNumbers {
-  double lr, momentum, dampening, weight_decay, gradient_factor;
+  const SgdSettings& settings;
+  double gradient_factor;
   uint64_t limit;  // the threshold's key
 };
 
 using Step = void (*)(const StepTile& tile, const StepNumbers& numbers);
-using Narrow = void (*)(const void* weight, void* copy, int64_t size);
-
-inline float fused_multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
-inline double fused_multiply_add(double a, double b, double c) { return __builtin_fma(a, b, c); }
 
 }  // namespace
 }  // namespace fastprune
@@ -44,22 +39,6 @@ inline double fused_multiply_add(double a, double b, double c) { return __builti
 
 namespace fastprune {
 namespace {
-
-int64_t element_size(DType dtype) {
-  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
-}
-
-template <typename Pointer>
-Pointer* advanced(Pointer* pointer, DType dtype, int64_t elements) {
-  using Byte = std::conditional_t<std::is_const_v<Pointer>, const char, char>;
-  return static_cast<Byte*>(pointer) + elements * element_size(dtype);
-}
-
-struct Work {
-  size_t tensor;
-  int64_t offset;
-  int64_t size;
-};
 
 class Update {
  public:
@@ -72,7 +51,7 @@ class Update {
 
   // A chunk is before the tie end, behind it, or the one that holds it: only that one, and tensors
   // whose memory is in another order than their positions, need a look at single positions.
-  void run(const Work& work) const {
+  void run(const SgdWork& work) const {
     const GsmWeight& t = weights_[work.tensor];
     if (t.position < 0) return step(work, Gating::kNone, nullptr);
     uint8_t active[kChunk];
@@ -90,29 +69,24 @@ class Update {
   }
 
  private:
-  void step(const Work& work, Gating gating, const uint8_t* active) const {
+  void step(const SgdWork& work, Gating gating, const uint8_t* active) const {
     const GsmWeight& t = weights_[work.tensor];
-    const GsmSettings& s = numbers_.settings[t.row];
+    const SgdSettings& s = numbers_.settings[t.row];
     const StepTile tile{advanced(t.weight, t.dtype, work.offset),
                         advanced(t.momentum, t.dtype, work.offset),
                         advanced(t.gradient, t.gradient_dtype, work.offset), active, work.size};
-    const double sign = s.maximize != 0 ? -1 : 1;
-    const StepNumbers numbers{s.lr,
-                              s.momentum,
-                              s.dampening,
-                              s.weight_decay,
-                              sign * numbers_.gradient_factor,
+    const StepNumbers numbers{s, numbers_.gradient_factor,
                               t.dtype == DType::kFloat64 ? limit64_ : limit32_};
     const Isa isa = best_isa();
     FASTPRUNE_FOR_ISA(isa, choose_step)
     (t.dtype, t.gradient_dtype, gating, s.weight_decay != 0, s.nesterov != 0)(tile, numbers);
     if (t.copy != nullptr) {
-      FASTPRUNE_FOR_ISA(isa, choose_narrow)
-      (t.copy_dtype)(tile.weight, advanced(t.copy, t.copy_dtype, work.offset), work.size);
+      narrow_copy(tile.weight, advanced(t.copy, t.copy_dtype, work.offset), t.copy_dtype,
+                  work.size);
     }
   }
 
-  void expand_gate(const Work& work, uint8_t* active) const {
+  void expand_gate(const SgdWork& work, uint8_t* active) const {
     const Layout& layout = weights_[work.tensor].layout;
     const GsmGate& gate = gates_[work.tensor];
     const int64_t row = gate.inputs * gate.taps;
@@ -126,7 +100,7 @@ class Update {
     }
   }
 
-  void mark_active(const Work& work, uint8_t* active) const {
+  void mark_active(const SgdWork& work, uint8_t* active) const {
     const GsmWeight& t = weights_[work.tensor];
     if (t.dtype == DType::kFloat64) return mark<double, double>(work, active);
     switch (t.gradient_dtype) {
@@ -140,7 +114,7 @@ class Update {
   }
 
   template <typename Weight, typename Gradient>
-  void mark(const Work& work, uint8_t* active) const {
+  void mark(const SgdWork& work, uint8_t* active) const {
     const GsmWeight& t = weights_[work.tensor];
     const Weight* weight = static_cast<const Weight*>(t.weight) + work.offset;
     const Gradient* gradient = static_cast<const Gradient*>(t.gradient) + work.offset;
@@ -164,19 +138,8 @@ class Update {
 
 void gsm_update(const std::vector<GsmWeight>& weights, const std::vector<GsmGate>& gates,
                 GsmBlock block, const GsmNumbers& numbers, ParallelFor parallel_for) {
-  std::vector<Work> work;
-  int64_t elements = 0;
-  for (size_t i = 0; i < weights.size(); ++i) {
-    const int64_t numel = weights[i].numel;
-    elements += numel;
-    for (int64_t offset = 0; offset < numel; offset += kChunk) {
-      work.push_back({i, offset, std::min(kChunk, numel - offset)});
-    }
-  }
   const Update update(weights, gates, block, numbers);
-  parallel_for(work.size(), grain_of(work.size(), elements), [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) update.run(work[i]);
-  });
+  for_work(weights, parallel_for, [&](const SgdWork& work) { update.run(work); });
 }
 
 }  // namespace fastprune

@@ -8,14 +8,8 @@
 
 namespace fastprune {
 
-// One set of hyper-parameters, as the columns of the operator's `settings`.
-struct GsmSettings {
-  double lr, momentum, dampening, weight_decay, nesterov, maximize;
-};
-static_assert(sizeof(GsmSettings) == kGsmSettings * sizeof(double), "one row");
-
 struct GsmNumbers {
-  const GsmSettings* settings;  // rows
+  const SgdSettings* settings;  // rows
   double threshold;             // with tie_end: which of the pool are active, if there are no gates
   int64_t tie_end;
   double gradient_factor;  // 1, or one over the loss scale

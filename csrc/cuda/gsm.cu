@@ -1,57 +1,12 @@
 // One pass over weights, momenta and gradients. The threshold comes from select_threshold; whether
 // an element is active follows from the element and its position, so no mask is stored or read.
 #include "common/divisor.h"
-#include "common/narrow.h"
 #include "cuda/gsm.h"
 #include "cuda/limit.cuh"
-#include "cuda/tensor_walk.cuh"
+#include "cuda/sgd.cuh"
 
 namespace fastprune {
 namespace {
-
-// Each product and each sum is rounded once, fused where torch fuses, whatever the compiler's
-// flags.
-__device__ __forceinline__ float product(float a, float b) { return __fmul_rn(a, b); }
-__device__ __forceinline__ double product(double a, double b) { return __dmul_rn(a, b); }
-__device__ __forceinline__ float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
-__device__ __forceinline__ double fused(double a, double b, double c) { return __fma_rn(a, b, c); }
-
-template <typename Weight>
-struct StepNumbers {
-  Weight gradient_factor, weight_decay, momentum, undamped, minus_lr;
-  bool decays, has_momentum, nesterov;
-};
-
-// Differences and signs are formed in double, then rounded, as torch does with its scalars.
-template <typename Weight>
-__device__ __forceinline__ StepNumbers<Weight> step_numbers(const double* settings,
-                                                            double gradient_factor) {
-  const double lr = settings[0];
-  const double momentum = settings[1];
-  const double dampening = settings[2];
-  const double weight_decay = settings[3];
-  const bool maximize = settings[5] != 0;
-  return {static_cast<Weight>(maximize ? -gradient_factor : gradient_factor),
-          static_cast<Weight>(weight_decay),
-          static_cast<Weight>(momentum),
-          static_cast<Weight>(1 - dampening),
-          static_cast<Weight>(-lr),
-          weight_decay != 0,
-          momentum != 0,
-          settings[4] != 0};
-}
-
-// The arithmetic of torch.optim.SGD(foreach=False, fused=False).
-template <typename Weight>
-__device__ __forceinline__ void step_element(const StepNumbers<Weight>& n, Weight gradient,
-                                             bool active, Weight& weight, Weight& momentum) {
-  Weight step = product(gradient, n.gradient_factor);
-  step = active ? step : Weight{0};  // selected, not multiplied: NaN times 0 would be NaN
-  if (n.decays) step = fused(weight, n.weight_decay, step);
-  momentum = n.has_momentum ? fused(step, n.undamped, product(n.momentum, momentum)) : step;
-  const Weight direction = n.nesterov ? fused(momentum, n.momentum, step) : momentum;
-  weight = fused(direction, n.minus_lr, weight);
-}
 
 struct UpdateEntry {
   GsmWeight tensor;
@@ -166,106 +121,33 @@ ThresholdChoice<Weight> choice_of(const UpdateEntry&);
 template <typename Weight>
 BlockChoice<Weight> choice_of(const GatedEntry&);
 
-template <int kCount, typename T>
-__device__ __forceinline__ Lanes<T, kCount> load(const T* data) {
-  return *reinterpret_cast<const Lanes<T, kCount>*>(data);
-}
-
-template <typename T, int kCount>
-__device__ __forceinline__ void store(T* data, const Lanes<T, kCount>& lanes) {
-  *reinterpret_cast<Lanes<T, kCount>*>(data) = lanes;
-}
-
-template <int kCount>
-__device__ __forceinline__ void store_copy(uint16_t* copy, DType dtype,
-                                           const Lanes<float, kCount>& weight) {
-  Lanes<uint16_t, kCount> bits;
-  FASTPRUNE_UNROLLED
-  for (int i = 0; i < kCount; ++i) {
-    bits.lane[i] = dtype == DType::kBFloat16 ? narrowed<BFloat16>(weight.lane[i]).bits
-                                             : narrowed<Float16>(weight.lane[i]).bits;
-  }
-  store(copy, bits);
-}
-
-// The elements of a chunk.
 template <typename Weight, typename Gradient>
-struct ChunkData {
-  Weight* weight;
-  Weight* momentum;
-  const Gradient* gradient;
-  uint16_t* copy;  // or null
-  DType copy_dtype;
-  int64_t begin;
-  int size;
+struct ChunkData : SgdChunk<Weight, Gradient> {
   bool in_pool;
 
   __device__ ChunkData(const GsmWeight& tensor, int64_t chunk)
-      : weight(static_cast<Weight*>(tensor.weight)),
-        momentum(static_cast<Weight*>(tensor.momentum)),
-        gradient(static_cast<const Gradient*>(tensor.gradient)),
-        copy(static_cast<uint16_t*>(tensor.copy)),
-        copy_dtype(tensor.copy_dtype),
-        in_pool(tensor.position >= 0) {
-    constexpr int kSize = Chunks<typename ScoreTraits<Weight>::Key>::kSize;
-    begin = chunk * kSize;
-    const int64_t left = tensor.numel - begin;
-    size = left > kSize ? kSize : static_cast<int>(left);
-    weight = in_global_memory(weight + begin);
-    momentum = in_global_memory(momentum + begin);
-    gradient = in_global_memory(gradient + begin);
-    if (copy != nullptr) copy = in_global_memory(copy + begin);
-  }
-
-  // Elements before the first boundary of vectors; all of them if the tensors' boundaries differ.
-  template <int kCount>
-  __device__ __forceinline__ int head() const {
-    const int head = elements_to_boundary<kCount>(weight);
-    bool agree = elements_to_boundary<kCount>(momentum) == head &&
-                 elements_to_boundary<kCount>(gradient) == head;
-    if (copy != nullptr) agree &= elements_to_boundary<kCount>(copy) == head;
-    return agree ? min(head, size) : size;
-  }
+      : SgdChunk<Weight, Gradient>(tensor, chunk), in_pool(tensor.position >= 0) {}
 };
 
 template <int kCount, typename Weight, typename Gradient, typename Choice>
 __device__ __forceinline__ void update_lanes(const ChunkData<Weight, Gradient>& data, int at,
                                              const Choice& choice,
-                                             const StepNumbers<Weight>& numbers) {
+                                             const SgdNumbers<Weight>& numbers) {
   auto weight = load<kCount>(data.weight + at);
   auto momentum = load<kCount>(data.momentum + at);
   const auto gradient = load<kCount>(data.gradient + at);
   const uint32_t active = data.in_pool ? choice.active(weight, gradient, data.begin + at) : ~0u;
   FASTPRUNE_UNROLLED
   for (int i = 0; i < kCount; ++i) {
-    step_element<Weight>(numbers, widen(gradient.lane[i]), (active >> i & 1) != 0, weight.lane[i],
-                         momentum.lane[i]);
+    const Weight scaled = product(widen(gradient.lane[i]), numbers.gradient_factor);
+    // Selected, not multiplied: NaN times 0 would be NaN.
+    const Weight step = (active >> i & 1) != 0 ? scaled : Weight{0};
+    sgd_step(numbers, step, weight.lane[i], momentum.lane[i]);
   }
   store(data.weight + at, weight);
   store(data.momentum + at, momentum);
   if constexpr (sizeof(Weight) == sizeof(float)) {
     if (data.copy != nullptr) store_copy(data.copy + at, data.copy_dtype, weight);
-  }
-}
-
-// Each thread takes vectors of elements between the 16-byte boundaries, single ones elsewhere. The
-// three loads of a vector are enough in flight, and two vectors at a time would cost registers.
-template <typename Weight, typename Gradient, typename Choice>
-__device__ __forceinline__ void update_chunk(const ChunkData<Weight, Gradient>& data,
-                                             const Choice& choice,
-                                             const StepNumbers<Weight>& numbers) {
-  constexpr int kLanes = kVectorLanes<Weight>;
-  const int head = data.template head<kLanes>();
-  const int num_vectors = (data.size - head) / kLanes;
-  FASTPRUNE_ROLLED
-  for (int v = threadIdx.x; v < num_vectors; v += kWalkThreads) {
-    update_lanes<kLanes>(data, head + v * kLanes, choice, numbers);
-  }
-  const int num_single = data.size - num_vectors * kLanes;
-  FASTPRUNE_ROLLED
-  for (int i = threadIdx.x; i < num_single; i += kWalkThreads) {
-    const int at = i >= head ? i + num_vectors * kLanes : i;
-    update_lanes<1>(data, at, choice, numbers);
   }
 }
 
@@ -277,21 +159,14 @@ __global__ void __launch_bounds__(kWalkThreads, 2)
       numbers.grad_scale == nullptr ? 1 : 1 / static_cast<double>(*numbers.grad_scale);
   walk_chunks(table, [&](const Entry& entry, int64_t chunk) {
     const GsmWeight& tensor = entry.tensor;
-    const StepNumbers<Weight> step =
-        step_numbers<Weight>(numbers.settings + int64_t{tensor.row} * kGsmSettings, factor);
+    const SgdNumbers<Weight> step(numbers.settings[tensor.row], factor);
     const decltype(choice_of<Weight>(entry)) choice(entry, numbers);
-    const auto with_gradient = [&](auto of_type) {
-      update_chunk(ChunkData<Weight, decltype(of_type)>(tensor, chunk), choice, step);
-    };
-    if constexpr (sizeof(Weight) == sizeof(double)) {
-      with_gradient(double{});
-    } else if (tensor.gradient_dtype == DType::kFloat32) {
-      with_gradient(float{});
-    } else if (tensor.gradient_dtype == DType::kBFloat16) {
-      with_gradient(BFloat16{});
-    } else {
-      with_gradient(Float16{});
-    }
+    with_gradient_of<Weight>(tensor, [&](auto of_type) {
+      const ChunkData<Weight, decltype(of_type)> data(tensor, chunk);
+      visit_lanes(data, [&](auto lanes, int at) {
+        update_lanes<decltype(lanes)::value>(data, at, choice, step);
+      });
+    });
   });
 }
 

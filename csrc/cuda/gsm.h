@@ -11,11 +11,11 @@
 namespace fastprune {
 
 struct GsmNumbers {
-  const void* threshold;    // of the weights' type; not read if no tensor is in the pool or gated
-  const int64_t* tie_end;   // likewise
-  const double* settings;   // rows of kGsmSettings
-  const float* grad_scale;  // null: the gradients are not scaled
-  const float* found_inf;   // null, or: if it is not 0, nothing changes
+  const void* threshold;   // of the weights' type; not read if no tensor is in the pool or gated
+  const int64_t* tie_end;  // likewise
+  const SgdSettings* settings;  // rows
+  const float* grad_scale;      // null: the gradients are not scaled
+  const float* found_inf;       // null, or: if it is not 0, nothing changes
 };
 
 // `gates` is empty or has one entry per weight, which replaces the threshold. `scratch` is aligned

@@ -39,6 +39,11 @@ SCHEMAS = {
         "Tensor num_kept, SymInt[] positions, Tensor settings, int[] rows, "
         "Tensor? grad_scale=None, Tensor? found_inf=None) -> ()"
     ),
+    "masked_sgd_": (
+        "(Tensor(a!)[] weights, Tensor(b!)[] momenta, Tensor(c!)[] copies, Tensor[] gradients, "
+        "Tensor[] masks, Tensor settings, int[] rows, Tensor? grad_scale=None, "
+        "Tensor? found_inf=None) -> ()"
+    ),
 }
 
 # The kernel that serves an operator where its library is built; the reference serves the rest.
@@ -48,6 +53,7 @@ WINNERS = {
     "block_scores": {"CPU": "C++", "CUDA": "CUDA C++"},
     "gsm_update_": {"CPU": "C++", "CUDA": "CUDA C++"},
     "gsm_step_": {"CPU": "C++", "CUDA": "CUDA C++"},
+    "masked_sgd_": {"CPU": "C++", "CUDA": "CUDA C++"},
 }
 
 
@@ -93,6 +99,7 @@ FAKES: dict[str, Callable[..., Any]] = {
     "block_scores": _block_scores_fake,
     "gsm_update_": _in_place_fake,
     "gsm_step_": _in_place_fake,
+    "masked_sgd_": _in_place_fake,
 }
 
 

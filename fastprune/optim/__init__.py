@@ -2,5 +2,7 @@
 
 from .groups import prunable_groups
 from .gsm import GSM
+from .masked import masked
+from .masked_sgd import MaskedSGD
 
-__all__ = ["GSM", "prunable_groups"]
+__all__ = ["GSM", "MaskedSGD", "masked", "prunable_groups"]

@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..masks import MaskSet, Sparsity, num_kept
-from ..ops.reference.gsm import SETTINGS
 from ..ops.select import (
     PoolChoice,
     checked_block,
@@ -19,6 +18,7 @@ from ..ops.select import (
     select_pool,
 )
 from .decay import warn_if_weights_stay
+from .settings import SettingsTable, check_options, row_of
 from .sharded import (
     Shard,
     check_not_flat,
@@ -101,7 +101,7 @@ class GSM(Optimizer):
         self._lists: _Lists | None = None
         self._total: int | None = None
         self._device_counts: dict[tuple[int, torch.device], Tensor] = {}
-        self._device_settings: tuple[Any, Tensor] | None = None
+        self._settings = SettingsTable()
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -141,7 +141,7 @@ class GSM(Optimizer):
         super().__setstate__(state)
         self._parameters, self._strides = [], []
         self._lists = self._total = None
-        self._device_counts, self._device_settings = {}, None
+        self._device_counts, self._settings = {}, SettingsTable()
         for group in self.param_groups:
             group.setdefault("prune", None)
             group.setdefault("num_steps", 0)
@@ -227,28 +227,6 @@ class GSM(Optimizer):
             self._device_counts = {key: torch.tensor(key[0], device=device)}
         return self._device_counts[key]
 
-    def _settings(self, device: torch.device) -> Tensor:
-        """Two rows a group: the second is for a first step, which torch leaves undamped."""
-        rows = []
-        for group in self.param_groups:
-            values = [group[name] for name in SETTINGS]
-            rows += [values, [0.0 if n == "dampening" else group[n] for n in SETTINGS]]
-        numbers = tuple(
-            tuple(0.0 if isinstance(v, Tensor) else float(v) for v in row) for row in rows
-        )
-        held = self._device_settings
-        if held is not None and held[0] == (numbers, device) and not torch.compiler.is_compiling():
-            settings = held[1]
-        else:
-            settings = torch.tensor(numbers, dtype=torch.float64, device=device)
-            if not torch.compiler.is_compiling():
-                self._device_settings = ((numbers, device), settings)
-        for i, row in enumerate(rows):
-            for column, value in enumerate(row):
-                if isinstance(value, Tensor):
-                    settings[i, column].copy_(value.reshape(()))
-        return settings
-
     # ------------------------------------------------------------------ the step
 
     @torch.no_grad()
@@ -318,7 +296,7 @@ class GSM(Optimizer):
                 lists.momenta.append(local(state["momentum_buffer"]))
                 lists.copies.append(local(parameter) if copied else weight.new_empty(0))
                 lists.gradients.append(_usable(local_gradient(parameter), weight))
-                lists.rows.append(2 * g + first_step)
+                lists.rows.append(row_of(g, first_step))
                 if self._is_pruned(group, parameter):
                     lists.pool.append(len(lists.positions))
                     shard = shard_of(parameter)
@@ -339,7 +317,7 @@ class GSM(Optimizer):
 
     def _update(self, lists: _Lists) -> None:
         device = lists.weights[0].device
-        step = (self._settings(device), lists.rows)
+        step = (self._settings.of(self.param_groups, device), lists.rows)
         amp = (getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         tensors = (lists.weights, lists.momenta, lists.copies, lists.gradients)
         num_kept = self._count_tensor(device)
@@ -372,7 +350,8 @@ class GSM(Optimizer):
     def masks(self) -> MaskSet:
         """True for the `num_kept` weights of largest magnitude: what `finish()` would keep."""
         pieces = zip(self._pool(), self._local_masks(), strict=True)
-        return MaskSet({name: whole(mask, parameter) for (name, parameter), mask in pieces})
+        masks = {name: whole(mask, parameter) for (name, parameter), mask in pieces}
+        return MaskSet(masks, dict(self._pool()))
 
     def _local_masks(self) -> list[Tensor]:
         pool = [p for _, p in self._pool()]
@@ -392,7 +371,7 @@ class GSM(Optimizer):
                 if tensor is not None:
                     local(tensor).masked_fill_(~kept, 0.0)
             masks[name] = whole(kept, parameter)
-        return MaskSet(masks)
+        return MaskSet(masks, dict(self._pool()))
 
     @torch.no_grad()
     def resync(self) -> None:
@@ -434,15 +413,7 @@ def _usable(gradient: Tensor, weight: Tensor) -> Tensor:
 
 
 def _check_group(group: dict[str, Any]) -> None:
-    for name in ("lr", "momentum", "weight_decay"):
-        value = group[name]
-        if isinstance(value, Tensor):
-            if name != "lr" or value.numel() != 1:
-                raise ValueError(f"{name} must be a number (lr may be a one-element tensor)")
-        elif not value >= 0:
-            raise ValueError(f"{name} must be at least 0, got {value}")
-    if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
-        raise ValueError("nesterov needs a momentum above 0 and no dampening")
+    check_options(group)
     if group["weight_decay"] == 0 and group["prune"] is not False:
         warnings.warn(
             "weight_decay=0: passive weights never decay, so zeroing them at the end will hurt; "

@@ -88,7 +88,7 @@ def check_not_flat(name: str, parameter: Tensor) -> None:
     """FSDP1 leaves flat pieces whose rows, and so positions and dimensions, are gone."""
     if getattr(parameter, "_fsdp_flattened", False):
         raise TypeError(
-            f"{name} is a flat shard of FullyShardedDataParallel (FSDP1), which GSM cannot prune; "
+            f"{name} is a flat shard of FullyShardedDataParallel (FSDP1), which cannot be pruned; "
             "shard the model with torch.distributed.fsdp.fully_shard (FSDP2)"
         )
 

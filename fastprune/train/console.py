@@ -1,62 +1,11 @@
-"""What a person sees of a run: progress bars and tables, with rich where it is installed."""
+"""What a person sees of a run: small bars and tables, with rich where it is installed."""
 
 import sys
 from collections.abc import Sequence
-from time import perf_counter
-from types import ModuleType, TracebackType
+
+from ..progress import rich_if_installed
 
 EIGHTHS = " ▏▎▍▌▋▊▉"
-
-
-def _rich() -> ModuleType | None:
-    try:
-        import rich.console
-        import rich.progress
-        import rich.table
-    except ImportError:
-        return None
-    return rich
-
-
-class Progress:
-    """A bar on a terminal, one line at the end elsewhere."""
-
-    def __init__(self, title: str, total: int) -> None:
-        self._title = title
-        self._total = total
-        self._note = ""
-        rich = _rich() if sys.stdout.isatty() else None
-        self._bar = rich and rich.progress.Progress(
-            "{task.description}",
-            rich.progress.BarColumn(),
-            rich.progress.MofNCompleteColumn(),
-            rich.progress.TimeElapsedColumn(),
-            "{task.fields[note]}",
-        )
-
-    def __enter__(self) -> "Progress":
-        self._start = perf_counter()
-        if self._bar:
-            self._bar.start()
-            self._task = self._bar.add_task(self._title, total=self._total, note="")
-        return self
-
-    def advance(self, note: str) -> None:
-        self._note = note
-        if self._bar:
-            self._bar.update(self._task, advance=1, note=note)
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._bar:
-            self._bar.stop()
-        elif kind is None:
-            seconds = perf_counter() - self._start
-            print(f"{self._title}: {self._total} epochs, {self._note}, {seconds:.1f} s")
 
 
 def bar(fraction: float, width: int = 4) -> str:
@@ -82,7 +31,7 @@ def _can_print(text: str) -> bool:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    rich = _rich() if sys.stdout.isatty() else None
+    rich = rich_if_installed() if sys.stdout.isatty() else None
     if rich is None:
         _print_plain_table(title, columns, rows)
         return

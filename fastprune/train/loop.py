@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from .console import Progress
+from ..progress import Progress
 
 
 def train(
@@ -27,7 +27,7 @@ def train(
     order = torch.Generator().manual_seed(seed)
     losses: list[float] = []
     model.train()
-    with Progress(title, epochs) as progress:
+    with Progress(title, epochs, "epochs") as progress:
         for _ in range(epochs):
             total = torch.zeros((), device=images.device)
             for batch in torch.randperm(len(labels), generator=order).split(batch_size):

@@ -11,7 +11,7 @@
 namespace fastprune {
 namespace {
 
-constexpr double kSettings[2][kGsmSettings] = {{0.1, 0.9, 0, 5e-4, 0, 0}, {0.2, 0.5, 0.1, 0, 1, 1}};
+constexpr SgdSettings kSettings[2] = {{0.1, 0.9, 0, 5e-4, 0, 0}, {0.2, 0.5, 0.1, 0, 1, 1}};
 constexpr int64_t kOutputs = 5, kInputs = 7, kTaps = 9;
 
 struct Weights {
@@ -67,17 +67,17 @@ bool is_active(const Weights& w, int64_t i, const bool* gate, float threshold, i
 }
 
 void step(Weights& w, const bool* gate, float threshold, int64_t tie_end, float scale) {
-  const double* s = kSettings[w.row];
-  const float factor = static_cast<float>((s[5] != 0 ? -1 : 1) / static_cast<double>(scale));
-  const float beta = static_cast<float>(s[1]);
+  const SgdSettings& s = kSettings[w.row];
+  const float factor = static_cast<float>((s.maximize != 0 ? -1 : 1) / static_cast<double>(scale));
+  const float beta = static_cast<float>(s.momentum);
   for (size_t i = 0; i < w.weight.size(); ++i) {
     float d = w.gradient[i] * factor;
     if (!is_active(w, static_cast<int64_t>(i), gate, threshold, tie_end)) d = 0;
-    if (s[3] != 0) d = std::fma(w.weight[i], static_cast<float>(s[3]), d);
-    const float z = std::fma(d, static_cast<float>(1 - s[2]), beta * w.momentum[i]);
-    const float direction = s[4] != 0 ? std::fma(z, beta, d) : z;
+    if (s.weight_decay != 0) d = std::fma(w.weight[i], static_cast<float>(s.weight_decay), d);
+    const float z = std::fma(d, static_cast<float>(1 - s.dampening), beta * w.momentum[i]);
+    const float direction = s.nesterov != 0 ? std::fma(z, beta, d) : z;
     w.momentum[i] = z;
-    w.weight[i] = std::fma(direction, static_cast<float>(-s[0]), w.weight[i]);
+    w.weight[i] = std::fma(direction, static_cast<float>(-s.lr), w.weight[i]);
     if (w.narrow) w.copy[i] = narrowed<BFloat16>(w.weight[i]);
   }
 }
@@ -112,7 +112,7 @@ bool run(unsigned seed, bool gated, float found) {
   }
   alignas(16) static char scratch[1 << 14];
   if (gsm_update_scratch(entries, gated) > sizeof(scratch)) return false;
-  const GsmNumbers numbers{&threshold, &tie_end, kSettings[0], no_scale, &found};
+  const GsmNumbers numbers{&threshold, &tie_end, kSettings, no_scale, &found};
   gsm_update(entries, gates, {2, 3}, numbers, scratch, 3, nullptr);
 
   bool right = true;

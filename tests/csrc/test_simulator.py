@@ -61,6 +61,7 @@ KERNELS = [
         for source in SELECTION
     ),
     Kernel(ROOT / "csrc/cuda/gsm.cu", HERE / "gsm_driver.cpp", daily=False),
+    Kernel(ROOT / "csrc/cuda/masked_sgd.cu", HERE / "masked_sgd_driver.cpp", daily=False),
 ]
 MUTANTS = [
     pytest.param(

@@ -357,7 +357,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str
     return {world: spawned(world, folder) for world in (4, 2, 1)}
 
 
-def spawned(world: int, folder: Path) -> list[dict[str, Any]]:
+def spawned(world: int, folder: Path, work: Any = work) -> list[dict[str, Any]]:
     context = torch.multiprocessing.get_context("spawn")
     processes = [context.Process(target=work, args=(r, world, str(folder))) for r in range(world)]
     for process in processes:

@@ -1,6 +1,14 @@
 """The specification: every operator in plain PyTorch, under the operator's own name."""
 
 from .gsm import gsm_step_, gsm_update_
+from .masked_sgd import masked_sgd_
 from .select import block_scores, select_masks, select_threshold
 
-__all__ = ["block_scores", "gsm_step_", "gsm_update_", "select_masks", "select_threshold"]
+__all__ = [
+    "block_scores",
+    "gsm_step_",
+    "gsm_update_",
+    "masked_sgd_",
+    "select_masks",
+    "select_threshold",
+]

@@ -54,10 +54,7 @@ def gsm_update_(
                 if gates
                 else _active(weight, gradient, threshold, tie_end - positions[i])
             )
-        gradient = gradient.to(weight.dtype)
-        if grad_scale is not None:
-            gradient = gradient * grad_scale.double().reciprocal().to(weight.dtype)
-        _step(weight, momentum, gradient, active, *hyper)
+        sgd_step(weight, momentum, unscaled(gradient, weight, grad_scale), active, *hyper)
         if copies and copies[i].numel():
             copies[i].copy_(weight)
 
@@ -87,7 +84,15 @@ def gsm_step_(
     gsm_update_(weights, momenta, copies, gradients, [], *choice)
 
 
-def _step(
+def unscaled(gradient: Tensor, weight: Tensor, grad_scale: Tensor | None) -> Tensor:
+    """The gradient in the weight's type, without the factor that loss scaling put into it."""
+    gradient = gradient.to(weight.dtype)
+    if grad_scale is None:
+        return gradient
+    return gradient * grad_scale.double().reciprocal().to(weight.dtype)
+
+
+def sgd_step(
     weight: Tensor,
     momentum: Tensor,
     gradient: Tensor,

@@ -1,0 +1,96 @@
+"""Scores over two gloo processes: the mean of both, and the same masks in both."""
+
+import traceback
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import fastprune as fp
+
+from .networks import network
+
+TIMEOUT = 60
+WORLD = 2
+
+
+def share(rank: int) -> tuple[nn.Module, Any, Any]:
+    """The same weights in each process, other data."""
+    model, batches, loss_fn = network("cnn", torch.float32, num_batches=4 * WORLD)
+    return model, batches[4 * rank : 4 * (rank + 1)], loss_fn
+
+
+def found(rank: int) -> dict[str, Any]:
+    model, batches, loss_fn = share(rank)
+    kept: dict[str, Any] = {"min_kept_per_layer": 1}
+    torch.manual_seed(rank)
+    return {
+        "scores": fp.scores("prospr", model, batches, loss_fn),
+        "prospr": fp.prospr(model, batches, loss_fn, 0.7),
+        "alone": fp.prospr(model, batches, loss_fn, 0.7, across_ranks=False),
+        "channels": fp.prospr(model, batches, loss_fn, 0.5, granularity="channel"),
+        "snip": fp.snip(model, batches, loss_fn, 0.7),
+        "iter_snip": fp.iter_snip(model, batches, loss_fn, 0.7, rounds=3),
+        "force": fp.force(model, batches, loss_fn, 0.7, rounds=3),
+        "grasp": fp.grasp(model, batches, loss_fn, 0.7, **kept),
+        "random": fp.random(model, 0.7),
+    }
+
+
+def work(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD)
+    try:
+        result: Any = {n: dict(v) for n, v in found(rank).items()}
+    except Exception:
+        result = traceback.format_exc()
+    torch.save(result, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    context = torch.multiprocessing.get_context("spawn")
+    processes = [context.Process(target=work, args=(r, str(folder))) for r in range(WORLD)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(TIMEOUT)
+    stuck = [process for process in processes if process.is_alive()]
+    for process in stuck:
+        process.kill()
+        process.join(5)
+    assert not stuck, f"{len(stuck)} processes did not end within {TIMEOUT} s"
+    found = [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+    for result in found:
+        assert not isinstance(result, str), result  # a traceback
+    return found
+
+
+def test_masks_are_equal_on_all_ranks(results: list[dict[str, Any]]) -> None:
+    first, second = results
+    for name in first.keys() - {"alone"}:
+        assert first[name].keys() == second[name].keys()
+        assert all(torch.equal(first[name][n], second[name][n]) for n in first[name]), name
+
+
+def test_without_averaging_each_rank_has_its_own(results: list[dict[str, Any]]) -> None:
+    for rank, result in enumerate(results):
+        model, batches, loss_fn = share(rank)
+        expected = fp.prospr(model, batches, loss_fn, 0.7)
+        assert fp.MaskSet(result["alone"]) == expected
+        assert fp.MaskSet(result["prospr"]) != expected
+
+
+def test_scores_are_the_mean(results: list[dict[str, Any]]) -> None:
+    both = []
+    for rank in range(WORLD):
+        model, batches, loss_fn = share(rank)
+        both.append(fp.scores("prospr", model, batches, loss_fn))
+    for name, score in results[0]["scores"].items():
+        mean = (both[0][name] + both[1][name]) / 2
+        assert torch.allclose(score, mean, rtol=1e-3, atol=1e-3 * float(mean.abs().max()))

@@ -1,0 +1,24 @@
+"""The CUDA kernel of the masked step, run in the host simulator, against the reference."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from fastprune.ops import reference
+from tests.ops.gsm_cases import bits
+from tests.ops.masked_sgd_cases import CASES, CHANGED, Case, results
+from tests.sim_library import HAS_COMPILER
+
+pytestmark = pytest.mark.skipif(not HAS_COMPILER, reason="needs a C++ compiler (g++ or CXX)")
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, id=c.label) for c in CASES])
+def test_bits_are_those_of_the_reference(case: Case, simulator: Any) -> None:
+    ours, expected = case.build(), case.build()
+    simulator.masked_sgd_(**ours)
+    reference.masked_sgd_(**expected)
+    found, wanted = results(ours), results(expected)
+    for name in CHANGED:
+        for i, (a, b) in enumerate(zip(found[name], wanted[name], strict=True)):
+            assert torch.equal(bits(a), bits(b)), f"{name}[{i}]"
