@@ -139,9 +139,9 @@ class BuildNative(build_ext):
 def extensions():
     depends = sorted(map(str, Path("csrc").rglob("*.*")))  # what a source distribution carries
     for name in LIBRARIES[MODE].split():
-        binding = f"csrc/bindings/{name}.cpp" if name == "host" else f"csrc/bindings/{name}_ops.cpp"
+        bindings = Path("csrc/bindings").glob("host.cpp" if name == "host" else f"{name}_*.cpp")
         kernels = Path("csrc", name).rglob("*.cpp" if name == "cpu" else "*.cu")
-        sources = [binding, *sorted(map(str, kernels))]
+        sources = [*sorted(map(str, bindings)), *sorted(map(str, kernels))]
         optional = MODE == "auto"
         yield Extension(f"fastprune._{name}", sources, depends=depends, optional=optional)
 

@@ -2,12 +2,13 @@
 
 from fnmatch import fnmatchcase
 
-from . import gsm_cases, select_cases
+from . import gsm_cases, sdprun_cases, select_cases
 from .case import Case
 
 
 def all_cases() -> dict[str, Case]:
-    return {case.name: case for case in [*select_cases.definitions(), *gsm_cases.definitions()]}
+    definitions = [m.definitions() for m in (select_cases, gsm_cases, sdprun_cases)]
+    return {case.name: case for cases in definitions for case in cases}
 
 
 def matching(pattern: str | None, device: str) -> list[Case]:

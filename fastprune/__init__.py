@@ -2,7 +2,15 @@
 
 from . import ops, optim, schedules
 from .masks import MaskSet, num_kept
-from .methods import magnitude
+from .methods import (
+    Curve,
+    barrier,
+    directional_scores,
+    find_curve,
+    losses_along,
+    magnitude,
+    segment,
+)
 from .ops import (
     build_info,
     global_topk,
@@ -14,12 +22,17 @@ from .ops import (
 from .tickets import mask_gradients, rewind
 
 __all__ = [
+    "Curve",
     "MaskSet",
+    "barrier",
     "build_info",
+    "directional_scores",
+    "find_curve",
     "global_topk",
     "global_topk_masks",
     "layer_topk",
     "layer_topk_masks",
+    "losses_along",
     "magnitude",
     "mask_gradients",
     "num_kept",
@@ -27,6 +40,7 @@ __all__ = [
     "optim",
     "rewind",
     "schedules",
+    "segment",
     "use_reference",
 ]
 __version__ = "0.1.0"

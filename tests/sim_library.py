@@ -19,7 +19,7 @@ from fastprune.ops.schemas import SCHEMAS
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMESPACE = "fastprune_sim"
-SOURCES = (ROOT / "csrc/bindings/cuda_ops.cpp", *sorted(ROOT.glob("csrc/cuda/*.cu")))
+SOURCES = sorted([*ROOT.glob("csrc/bindings/cuda_*.cpp"), *ROOT.glob("csrc/cuda/*.cu")])
 COMPILER = shlex.split(os.environ.get("CXX", "g++"))
 HAS_COMPILER = shutil.which(COMPILER[0]) is not None
 FLAGS = ["-x", "c++", "-std=c++17", "-O2", "-fPIC", "-ffp-contract=off", "-DFASTPRUNE_SIM"]

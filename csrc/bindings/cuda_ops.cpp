@@ -1,10 +1,10 @@
 // The CUDA operators on the LibTorch stable ABI: unpack tensors, launch, hand back the results.
 // With FASTPRUNE_SIM the same code serves the simulator, as operators on CPU tensors.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 
 #include <tuple>
 
+#include "bindings/cuda_device.h"
 #include "bindings/tensor_list.h"
 #include "cuda/gsm.h"
 #include "cuda/select.h"
@@ -12,51 +12,9 @@
 namespace fastprune {
 namespace {
 
-#if defined(FASTPRUNE_SIM)
-struct Device {
-  explicit Device(const Tensor&) {}
-  Stream stream = nullptr;
-  int max_blocks = 3;  // so that a block has several chunks
-};
-#else
-// Makes the tensor's device the current one as long as it lives.
-struct Device {
-  explicit Device(const Tensor& tensor) : guard(tensor.get_device_index()) {
-    const int32_t index = tensor.get_device_index();
-    void* current = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &current));
-    stream = static_cast<Stream>(current);
-    int multiprocessors = 0;
-    check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index),
-               "asking for the number of multiprocessors", __FILE__, __LINE__);
-    // As many as are resident at once: a block more would begin when the others have finished.
-    constexpr int kBlocksPerMultiprocessor = 4;
-    max_blocks = kBlocksPerMultiprocessor * multiprocessors;
-  }
-  torch::stable::accelerator::DeviceGuard guard;
-  Stream stream;
-  int max_blocks;
-};
-#endif
-
-void check_same_device(const Tensor& tensor, const Tensor& expected, const char* name) {
-  STD_TORCH_CHECK(tensor.is_cuda() == expected.is_cuda() &&
-                      tensor.get_device_index() == expected.get_device_index(),
-                  name, " must be on the device of the other tensors");
-}
-
-void check_same_device(const Tensors& tensors, const Tensor& expected, const char* name) {
-  for (const Tensor& tensor : tensors) check_same_device(tensor, expected, name);
-}
-
 ScalarType score_dtype(const Tensors& values) {
   const bool is_double = !values.empty() && values[0].scalar_type() == ScalarType::Double;
   return is_double ? ScalarType::Double : ScalarType::Float;
-}
-
-// The caching allocator gives it to others only in the order of the stream.
-Tensor empty_scratch(const Tensor& like, size_t bytes) {
-  return torch::stable::new_empty(like, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> select_threshold_cuda(Tensors values, Tensors gradients,
@@ -194,15 +152,6 @@ GsmGate gsm_gate(const Tensor& weight, const Tensor& gate, GsmBlock block, size_
                       weight.numel() == 0,
                   "gates[", i, "] must hold one bool per block");
   return g;
-}
-
-const float* device_float(const std::optional<Tensor>& tensor, const Tensor& like,
-                          const char* name) {
-  if (!tensor) return nullptr;
-  check_same_device(*tensor, like, name);
-  STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::Float && tensor->numel() == 1, name,
-                  " must be one float32 number");
-  return tensor->const_data_ptr<float>();
 }
 
 void gsm_update_cuda(Tensors weights, Tensors momenta, Tensors copies, Tensors gradients,

@@ -2,5 +2,6 @@
 
 from .groups import prunable_groups
 from .gsm import GSM
+from .sdprun import SDprun
 
-__all__ = ["GSM", "prunable_groups"]
+__all__ = ["GSM", "SDprun", "prunable_groups"]

@@ -73,7 +73,7 @@ def shard_of(parameter: Tensor, name: str = "a parameter") -> Shard:
     placement = placements[split[0]]
     if len(split) > 1 or type(placement) is not RowShard or placement.dim != 0:
         raise ValueError(
-            f"{name} has placements {tuple(placements)}, but GSM prunes parameters that are "
+            f"{name} has placements {tuple(placements)}, but pruned parameters must be "
             "sharded along dimension 0 over one mesh dimension (Shard(0), the others Replicate); "
             "use fully_shard's default placement, or put it into a group with prune=False"
         )
@@ -88,7 +88,7 @@ def check_not_flat(name: str, parameter: Tensor) -> None:
     """FSDP1 leaves flat pieces whose rows, and so positions and dimensions, are gone."""
     if getattr(parameter, "_fsdp_flattened", False):
         raise TypeError(
-            f"{name} is a flat shard of FullyShardedDataParallel (FSDP1), which GSM cannot prune; "
+            f"{name} is a flat shard of FullyShardedDataParallel (FSDP1), which cannot be pruned; "
             "shard the model with torch.distributed.fsdp.fully_shard (FSDP2)"
         )
 

@@ -49,6 +49,7 @@ class Kernel:
 
 
 SELECTION = [ROOT / f"csrc/cuda/{name}.cu" for name in ("select", "select_masks", "block_scores")]
+SDPRUN = [ROOT / f"csrc/cuda/sdprun{part}.cu" for part in ("", "_columns", "_guard")]
 KERNELS = [
     Kernel(HERE / "kernels/histogram.cu", HERE / "histogram_driver.cpp"),
     *(
@@ -61,6 +62,15 @@ KERNELS = [
         for source in SELECTION
     ),
     Kernel(ROOT / "csrc/cuda/gsm.cu", HERE / "gsm_driver.cpp", daily=False),
+    *(
+        Kernel(
+            source,
+            HERE / "sdprun_driver.cpp",
+            also=tuple(other for other in SDPRUN if other != source),
+            daily=False,
+        )
+        for source in SDPRUN
+    ),
 ]
 MUTANTS = [
     pytest.param(
