@@ -4,18 +4,14 @@
 #include <cmath>
 #include <tuple>
 
+#include "bindings/cpu_parallel.h"
+#include "bindings/gsm_arguments.h"
 #include "bindings/tensor_list.h"
 #include "cpu/gsm.h"
 #include "cpu/select.h"
 
 namespace fastprune {
 namespace {
-
-void run_parallel(int64_t begin, int64_t end, int64_t grain, ParallelFor::Body body,
-                  void* context) {
-  torch_parallel_for(begin, end, grain, body, context);
-}
-constexpr ParallelFor kParallelFor{run_parallel};
 
 bool any_double(const Tensors& tensors) {
   return !tensors.empty() && tensors[0].scalar_type() == ScalarType::Double;
@@ -36,7 +32,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> select_threshold_cpu(Tensors values, 
   std::vector<Threshold> found(segments);
   const int32_t flags =
       select_threshold(entries.data(), entries.size(), kind, num_kept.const_data_ptr<int64_t>(),
-                       segments, kParallelFor, found.data());
+                       segments, kTorchThreads, found.data());
 
   const bool is_double = any_double(values);
   Tensor threshold = torch::stable::new_empty(num_kept, num_kept.sizes(),
@@ -91,7 +87,7 @@ Tensors select_masks_cpu(Tensors values, Tensors gradients, Tensor threshold, Te
     masks.push_back(empty_mask_like(value));
     bytes.push_back(static_cast<uint8_t*>(masks.back().data_ptr()));
   }
-  select_masks(entries.data(), entries.size(), kind, limits.data(), kParallelFor, bytes.data());
+  select_masks(entries.data(), entries.size(), kind, limits.data(), kTorchThreads, bytes.data());
   return masks;
 }
 
@@ -146,99 +142,59 @@ Tensors block_scores_cpu(Tensors values, Tensors gradients, std::string score,
     const bool is_double = weight.dtype == DType::kFloat64;
     Tensor sums =
         torch::stable::new_empty(value, shape, is_double ? ScalarType::Double : ScalarType::Float);
-    block_scores(weight, kind, block[0], block[1], kParallelFor, sums.data_ptr());
+    block_scores(weight, kind, block[0], block[1], kTorchThreads, sums.data_ptr());
     all_sums.push_back(sums);
   }
   return all_sums;
 }
 
-DType optional_dtype(const Tensors& tensors, size_t i, DType otherwise) {
-  return tensors.empty() || tensors[i].numel() == 0 ? otherwise : dtype_of(tensors[i]);
+GsmNumbers gsm_numbers(const Tensor& settings, const std::optional<Tensor>& grad_scale) {
+  GsmNumbers numbers{static_cast<const GsmSettings*>(settings.const_data_ptr()), 0, 0, 1};
+  if (grad_scale) numbers.gradient_factor = 1.0 / *grad_scale->const_data_ptr<float>();
+  return numbers;
 }
 
-GsmTensor gsm_tensor(const Tensor& weight, const Tensor& momentum, const Tensor& gradient,
-                     size_t i) {
-  GsmTensor t{};
-  t.dtype = dtype_of(weight);
-  t.gradient_dtype = dtype_of(gradient);
-  STD_TORCH_CHECK((t.dtype == DType::kFloat32 || t.dtype == DType::kFloat64) &&
-                      momentum.scalar_type() == weight.scalar_type() &&
-                      may_pair(t.dtype, t.gradient_dtype),
-                  "weights[", i, "] and momenta[", i,
-                  "] must both be float32 or float64, and "
-                  "gradients[",
-                  i, "] of the same type, or of 16 bits beside float32");
-  const auto sizes = weight.sizes();
-  const auto strides = weight.strides();
-  STD_TORCH_CHECK(
-      make_layout(sizes.data(), strides.data(), static_cast<int>(sizes.size()), &t.layout) &&
-          same_layout(weight, momentum) && same_layout(weight, gradient),
-      "weights[", i, "], momenta[", i, "] and gradients[", i,
-      "] must be dense, of one shape and one layout");
-  t.weight = weight.data_ptr();
-  t.momentum = momentum.data_ptr();
-  t.gradient = gradient.data_ptr();
-  t.numel = weight.numel();
-  return t;
-}
-
-void set_gate(const Tensor& weight, const Tensor& gate, const std::vector<int64_t>& block, size_t i,
-              GsmTensor* t) {
-  STD_TORCH_CHECK(
-      weight.dim() >= 2 && gate.scalar_type() == ScalarType::Bool && gate.is_contiguous(), "gates[",
-      i, "] must be a contiguous bool tensor, weights[", i, "] a matrix");
-  t->outputs = weight.size(0);
-  t->inputs = weight.size(1);
-  t->taps = t->numel == 0 ? 0 : t->numel / (t->outputs * t->inputs);
-  t->block_outputs = block[0];
-  t->block_inputs = block[1];
-  const int64_t blocks =
-      (t->outputs + block[0] - 1) / block[0] * ((t->inputs + block[1] - 1) / block[1]) * t->taps;
-  STD_TORCH_CHECK(gate.numel() == blocks, "gates[", i, "] must hold one bool per block");
-  t->gate = static_cast<const uint8_t*>(gate.data_ptr());
+bool is_skipped(const std::optional<Tensor>& found_inf) {
+  return found_inf && *found_inf->const_data_ptr<float>() != 0;
 }
 
 void gsm_update_cpu(Tensors weights, Tensors momenta, Tensors copies, Tensors gradients,
                     Tensors gates, Tensor threshold, Tensor tie_end, std::vector<int64_t> positions,
                     Tensor settings, std::vector<int64_t> rows, std::vector<int64_t> block,
                     std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf) {
-  const size_t count = weights.size();
-  STD_TORCH_CHECK(momenta.size() == count && gradients.size() == count &&
-                      positions.size() == count && rows.size() == count &&
-                      (copies.empty() || copies.size() == count) &&
-                      (gates.empty() || gates.size() == count) && block.size() == 2,
-                  "every list must have one entry per weight");
-  constexpr int64_t kColumns = sizeof(GsmSettings) / sizeof(double);
-  STD_TORCH_CHECK(settings.scalar_type() == ScalarType::Double && settings.is_contiguous() &&
-                      settings.dim() == 2 && settings.size(1) == kColumns,
-                  "settings must be a contiguous float64 matrix with ", kColumns, " columns");
-  if (found_inf && *static_cast<const float*>(found_inf->const_data_ptr()) != 0) return;
+  const GsmArguments arguments{weights, momenta, copies, gradients, positions, settings, rows};
+  check_lists(arguments);
+  STD_TORCH_CHECK(block.size() == 2, "block must be two numbers");
+  const GsmBlock gsm_block{block[0], block[1]};
+  const std::vector<GsmWeight> table = gsm_weights(arguments);
+  const std::vector<GsmGate> gate_table = gsm_gates(arguments, gates, gsm_block);
+  if (is_skipped(found_inf)) return;
+  GsmNumbers numbers = gsm_numbers(settings, grad_scale);
+  numbers.threshold = threshold.scalar_type() == ScalarType::Double
+                          ? *threshold.const_data_ptr<double>()
+                          : *threshold.const_data_ptr<float>();
+  numbers.tie_end = *tie_end.const_data_ptr<int64_t>();
+  gsm_update(table, gate_table, gsm_block, numbers, kTorchThreads);
+}
 
-  GsmGate gate{0, 0, 1};
-  gate.threshold = threshold.scalar_type() == ScalarType::Double
-                       ? *threshold.const_data_ptr<double>()
-                       : *threshold.const_data_ptr<float>();
-  gate.tie_end = *tie_end.const_data_ptr<int64_t>();
-  if (grad_scale) gate.gradient_factor = 1.0 / *grad_scale->const_data_ptr<float>();
-
-  const auto* all_settings = static_cast<const GsmSettings*>(settings.const_data_ptr());
-  std::vector<GsmTensor> tensors;
-  tensors.reserve(count);
-  for (size_t i = 0; i < count; ++i) {
-    GsmTensor t = gsm_tensor(weights[i], momenta[i], gradients[i], i);
-    STD_TORCH_CHECK(rows[i] >= 0 && rows[i] < settings.size(0), "rows[", i, "] is not a row");
-    t.settings = all_settings + rows[i];
-    t.position = positions[i];
-    t.copy_dtype = optional_dtype(copies, i, t.dtype);
-    if (t.copy_dtype != t.dtype) {
-      STD_TORCH_CHECK(same_layout(weights[i], copies[i]) && t.dtype == DType::kFloat32, "copies[",
-                      i, "] must be a 16-bit tensor with the layout of weights[", i, "]");
-      t.copy = copies[i].data_ptr();
-    }
-    if (!gates.empty() && t.position >= 0) set_gate(weights[i], gates[i], block, i, &t);
-    tensors.push_back(t);
-  }
-  gsm_update(tensors.data(), tensors.size(), gate, kParallelFor);
+void gsm_step_cpu(Tensors weights, Tensors momenta, Tensors copies, Tensors gradients,
+                  Tensor num_kept, std::vector<int64_t> positions, Tensor settings,
+                  std::vector<int64_t> rows, std::optional<Tensor> grad_scale,
+                  std::optional<Tensor> found_inf) {
+  const GsmArguments arguments{weights, momenta, copies, gradients, positions, settings, rows};
+  check_lists(arguments);
+  STD_TORCH_CHECK(num_kept.numel() == 1 && num_kept.scalar_type() == ScalarType::Long,
+                  "num_kept must be one int64 number");
+  const std::vector<GsmWeight> table = gsm_weights(arguments);
+  const std::vector<TensorEntry> pool = gsm_pool(table);
+  if (is_skipped(found_inf)) return;
+  Threshold found{};
+  select_threshold(pool.data(), pool.size(), ScoreKind::kSaliency,
+                   num_kept.const_data_ptr<int64_t>(), 1, kTorchThreads, &found);
+  GsmNumbers numbers = gsm_numbers(settings, grad_scale);
+  numbers.threshold = found.score;
+  numbers.tie_end = found.tie_end;
+  gsm_update(table, {}, {1, 1}, numbers, kTorchThreads);
 }
 
 }  // namespace
@@ -249,4 +205,5 @@ STABLE_TORCH_LIBRARY_IMPL(fastprune, CPU, m) {
   m.impl("select_masks", TORCH_BOX(&fastprune::select_masks_cpu));
   m.impl("block_scores", TORCH_BOX(&fastprune::block_scores_cpu));
   m.impl("gsm_update_", TORCH_BOX(&fastprune::gsm_update_cpu));
+  m.impl("gsm_step_", TORCH_BOX(&fastprune::gsm_step_cpu));
 }

@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "bindings/cuda_device.h"
+#include "bindings/gsm_arguments.h"
 #include "bindings/tensor_list.h"
 #include "cuda/gsm.h"
 #include "cuda/select.h"
@@ -15,6 +16,30 @@ namespace {
 ScalarType score_dtype(const Tensors& values) {
   const bool is_double = !values.empty() && values[0].scalar_type() == ScalarType::Double;
   return is_double ? ScalarType::Double : ScalarType::Float;
+}
+
+struct Selected {
+  Tensor threshold, num_ties, tie_end, non_finite;
+};
+
+// Each entry is a segment of its own if `counts` is a list.
+Selected select(const std::vector<TensorEntry>& entries, ScoreKind kind, const Tensor& counts,
+                const Device& device) {
+  const bool segmented = counts.dim() > 0;
+  const bool is_double = !entries.empty() && entries[0].dtype == DType::kFloat64;
+  const auto one_per_count = [&](ScalarType dtype) {
+    return torch::stable::new_empty(counts, counts.sizes(), dtype);
+  };
+  const Selected found{one_per_count(is_double ? ScalarType::Double : ScalarType::Float),
+                       one_per_count(ScalarType::Long), one_per_count(ScalarType::Long),
+                       torch::stable::new_empty(counts, {}, ScalarType::Int)};
+  const Tensor scratch = empty_scratch(counts, select_threshold_scratch(entries, segmented));
+  const SelectionResult result{
+      found.threshold.data_ptr(), found.num_ties.mutable_data_ptr<int64_t>(),
+      found.tie_end.mutable_data_ptr<int64_t>(), found.non_finite.mutable_data_ptr<int32_t>()};
+  select_threshold(entries, segmented, kind, counts.const_data_ptr<int64_t>(), result,
+                   scratch.data_ptr(), device.max_blocks, device.stream);
+  return found;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> select_threshold_cuda(Tensors values, Tensors gradients,
@@ -32,17 +57,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> select_threshold_cuda(Tensors values,
   const Tensor counts = torch::stable::contiguous(num_kept);
   const std::vector<TensorEntry> entries = tensor_entries(values, gradients, kind, segmented);
 
-  Tensor threshold = torch::stable::new_empty(counts, counts.sizes(), score_dtype(values));
-  Tensor num_ties = torch::stable::new_empty(counts, counts.sizes());
-  Tensor tie_end = torch::stable::new_empty(counts, counts.sizes());
-  Tensor non_finite = torch::stable::new_empty(counts, {}, ScalarType::Int);
-  const Tensor scratch = empty_scratch(counts, select_threshold_scratch(entries, segmented));
-  const SelectionResult result{threshold.data_ptr(), num_ties.mutable_data_ptr<int64_t>(),
-                               tie_end.mutable_data_ptr<int64_t>(),
-                               non_finite.mutable_data_ptr<int32_t>()};
-  select_threshold(entries, segmented, kind, counts.const_data_ptr<int64_t>(), result,
-                   scratch.data_ptr(), device.max_blocks, device.stream);
-  return {threshold, num_ties, tie_end, non_finite};
+  const Selected found = select(entries, kind, counts, device);
+  return {found.threshold, found.num_ties, found.tie_end, found.non_finite};
 }
 
 Tensor empty_mask_like(const Tensor& value) {
@@ -117,41 +133,10 @@ Tensors block_scores_cuda(Tensors values, Tensors gradients, std::string score,
   return all_sums;
 }
 
-GsmWeight gsm_weight(const Tensor& weight, const Tensor& momentum, const Tensor& gradient,
-                     size_t i) {
-  GsmWeight w{};
-  w.dtype = dtype_of(weight);
-  w.gradient_dtype = dtype_of(gradient);
-  STD_TORCH_CHECK(
-      (w.dtype == DType::kFloat32 || w.dtype == DType::kFloat64) &&
-          momentum.scalar_type() == weight.scalar_type() && may_pair(w.dtype, w.gradient_dtype),
-      "weights[", i, "] and momenta[", i, "] must both be float32 or float64, and gradients[", i,
-      "] of the same type, or of 16 bits beside float32");
-  const auto sizes = weight.sizes();
-  STD_TORCH_CHECK(make_layout(sizes.data(), weight.strides().data(), static_cast<int>(sizes.size()),
-                              &w.layout) &&
-                      same_layout(weight, momentum) && same_layout(weight, gradient),
-                  "weights[", i, "], momenta[", i, "] and gradients[", i,
-                  "] must be dense, of one shape and one layout");
-  w.weight = weight.data_ptr();
-  w.momentum = momentum.data_ptr();
-  w.gradient = gradient.data_ptr();
-  w.numel = weight.numel();
-  return w;
-}
-
-GsmGate gsm_gate(const Tensor& weight, const Tensor& gate, GsmBlock block, size_t i) {
-  STD_TORCH_CHECK(
-      weight.dim() >= 2 && gate.scalar_type() == ScalarType::Bool && gate.is_contiguous(), "gates[",
-      i, "] must be a contiguous bool tensor, weights[", i, "] a matrix");
-  const int64_t matrix = weight.size(0) * weight.size(1);
-  const GsmGate g{static_cast<const bool*>(gate.data_ptr()), weight.size(1),
-                  matrix == 0 ? 0 : weight.numel() / matrix};
-  STD_TORCH_CHECK(gate.numel() == num_blocks(weight.size(0), block.outputs) *
-                                      num_blocks(weight.size(1), block.inputs) * g.taps ||
-                      weight.numel() == 0,
-                  "gates[", i, "] must hold one bool per block");
-  return g;
+void check_devices(const GsmArguments& a) {
+  for (const Tensors* list : {&a.weights, &a.momenta, &a.copies, &a.gradients}) {
+    check_same_device(*list, a.settings, "every tensor");
+  }
 }
 
 void gsm_update_cuda(Tensors weights, Tensors momenta, Tensors copies, Tensors gradients,
@@ -159,52 +144,27 @@ void gsm_update_cuda(Tensors weights, Tensors momenta, Tensors copies, Tensors g
                      std::vector<int64_t> positions, Tensor settings, std::vector<int64_t> rows,
                      std::vector<int64_t> block, std::optional<Tensor> grad_scale,
                      std::optional<Tensor> found_inf) {
-  const size_t count = weights.size();
-  STD_TORCH_CHECK(momenta.size() == count && gradients.size() == count &&
-                      positions.size() == count && rows.size() == count &&
-                      (copies.empty() || copies.size() == count) &&
-                      (gates.empty() || gates.size() == count) && block.size() == 2 &&
-                      block[0] > 0 && block[1] > 0,
-                  "every list must have one entry per weight");
-  STD_TORCH_CHECK(settings.scalar_type() == ScalarType::Double && settings.is_contiguous() &&
-                      settings.dim() == 2 && settings.size(1) == kGsmSettings,
-                  "settings must be a contiguous float64 matrix with ", kGsmSettings, " columns");
+  const GsmArguments arguments{weights, momenta, copies, gradients, positions, settings, rows};
+  check_lists(arguments);
+  check_devices(arguments);
+  check_same_device(gates, settings, "gates");
+  check_same_device(threshold, settings, "threshold");
+  check_same_device(tie_end, settings, "tie_end");
   STD_TORCH_CHECK(
       threshold.numel() == 1 && tie_end.numel() == 1 && tie_end.scalar_type() == ScalarType::Long,
       "threshold and tie_end must be one number, tie_end an int64");
-  for (const Tensors* list : {&weights, &momenta, &copies, &gradients, &gates}) {
-    check_same_device(*list, settings, "every tensor");
-  }
-  check_same_device(threshold, settings, "threshold");
-  check_same_device(tie_end, settings, "tie_end");
-  if (count == 0) return;
-  const Device device(settings);
-
-  std::vector<GsmWeight> table;
-  std::vector<GsmGate> gate_table;
+  STD_TORCH_CHECK(block.size() == 2, "block must be two numbers");
+  if (weights.empty()) return;
   const GsmBlock gsm_block{block[0], block[1]};
-  for (size_t i = 0; i < count; ++i) {
-    GsmWeight w = gsm_weight(weights[i], momenta[i], gradients[i], i);
-    STD_TORCH_CHECK(rows[i] >= 0 && rows[i] < settings.size(0), "rows[", i, "] is not a row");
+  const std::vector<GsmWeight> table = gsm_weights(arguments);
+  const std::vector<GsmGate> gate_table = gsm_gates(arguments, gates, gsm_block);
+  for (const GsmWeight& w : table) {
     STD_TORCH_CHECK(
-        positions[i] < 0 || !gates.empty() || threshold.scalar_type() == weights[i].scalar_type(),
+        w.position < 0 || !gates.empty() ||
+            (threshold.scalar_type() == ScalarType::Double) == (w.dtype == DType::kFloat64),
         "threshold must have the dtype of the pool's weights");
-    w.row = static_cast<int32_t>(rows[i]);
-    w.position = positions[i];
-    if (!copies.empty() && copies[i].numel() != 0) {
-      w.copy_dtype = dtype_of(copies[i]);
-      STD_TORCH_CHECK(w.dtype == DType::kFloat32 && same_layout(weights[i], copies[i]) &&
-                          (w.copy_dtype == DType::kBFloat16 || w.copy_dtype == DType::kFloat16),
-                      "copies[", i, "] must be a 16-bit tensor with the layout of weights[", i,
-                      "]");
-      w.copy = copies[i].data_ptr();
-    }
-    if (!gates.empty()) {
-      gate_table.push_back(w.position < 0 ? GsmGate{nullptr, 1, 1}
-                                          : gsm_gate(weights[i], gates[i], gsm_block, i));
-    }
-    table.push_back(w);
   }
+  const Device device(settings);
   const GsmNumbers numbers{threshold.data_ptr(), tie_end.const_data_ptr<int64_t>(),
                            settings.const_data_ptr<double>(),
                            device_float(grad_scale, settings, "grad_scale"),
@@ -212,6 +172,29 @@ void gsm_update_cuda(Tensors weights, Tensors momenta, Tensors copies, Tensors g
   const Tensor scratch = empty_scratch(settings, gsm_update_scratch(table, !gates.empty()));
   gsm_update(table, gate_table, gsm_block, numbers, scratch.data_ptr(), device.max_blocks,
              device.stream);
+}
+
+void gsm_step_cuda(Tensors weights, Tensors momenta, Tensors copies, Tensors gradients,
+                   Tensor num_kept, std::vector<int64_t> positions, Tensor settings,
+                   std::vector<int64_t> rows, std::optional<Tensor> grad_scale,
+                   std::optional<Tensor> found_inf) {
+  const GsmArguments arguments{weights, momenta, copies, gradients, positions, settings, rows};
+  check_lists(arguments);
+  check_devices(arguments);
+  check_same_device(num_kept, settings, "num_kept");
+  STD_TORCH_CHECK(num_kept.numel() == 1 && num_kept.scalar_type() == ScalarType::Long,
+                  "num_kept must be one int64 number");
+  if (weights.empty()) return;
+  const std::vector<GsmWeight> table = gsm_weights(arguments);
+  const std::vector<TensorEntry> pool = gsm_pool(table);
+  const Device device(settings);
+  const Selected found = select(pool, ScoreKind::kSaliency, num_kept, device);
+  const GsmNumbers numbers{found.threshold.data_ptr(), found.tie_end.const_data_ptr<int64_t>(),
+                           settings.const_data_ptr<double>(),
+                           device_float(grad_scale, settings, "grad_scale"),
+                           device_float(found_inf, settings, "found_inf")};
+  const Tensor scratch = empty_scratch(settings, gsm_update_scratch(table, false));
+  gsm_update(table, {}, {1, 1}, numbers, scratch.data_ptr(), device.max_blocks, device.stream);
 }
 
 }  // namespace
@@ -226,4 +209,5 @@ STABLE_TORCH_LIBRARY_IMPL(fastprune, CUDA, m) {
   m.impl("select_masks", TORCH_BOX(&fastprune::select_masks_cuda));
   m.impl("block_scores", TORCH_BOX(&fastprune::block_scores_cuda));
   m.impl("gsm_update_", TORCH_BOX(&fastprune::gsm_update_cuda));
+  m.impl("gsm_step_", TORCH_BOX(&fastprune::gsm_step_cuda));
 }

@@ -56,41 +56,43 @@ Pointer* advanced(Pointer* pointer, DType dtype, int64_t elements) {
 }
 
 struct Work {
-  const GsmTensor* tensor;
+  size_t tensor;
   int64_t offset;
   int64_t size;
 };
 
 class Update {
  public:
-  Update(const GsmGate& gate) : gate_(gate) {
-    limit32_ = score_key<ScoreKind::kSaliency>(static_cast<float>(gate.threshold));
-    limit64_ = score_key<ScoreKind::kSaliency>(gate.threshold);
+  Update(const std::vector<GsmWeight>& weights, const std::vector<GsmGate>& gates, GsmBlock block,
+         const GsmNumbers& numbers)
+      : weights_(weights), gates_(gates), block_(block), numbers_(numbers) {
+    limit32_ = score_key<ScoreKind::kSaliency>(static_cast<float>(numbers.threshold));
+    limit64_ = score_key<ScoreKind::kSaliency>(numbers.threshold);
   }
 
   // A chunk is before the tie end, behind it, or the one that holds it: only that one, and tensors
   // whose memory is in another order than their positions, need a look at single positions.
   void run(const Work& work) const {
-    const GsmTensor& t = *work.tensor;
+    const GsmWeight& t = weights_[work.tensor];
     if (t.position < 0) return step(work, Gating::kNone, nullptr);
     uint8_t active[kChunk];
-    if (t.gate != nullptr) {
+    if (!gates_.empty()) {
       expand_gate(work, active);
       return step(work, Gating::kMask, active);
     }
     const bool row_major = t.layout.rank == 0;
     const int64_t first = t.position + (row_major ? work.offset : 0);
     const int64_t last = t.position + (row_major ? work.offset + work.size : t.numel);
-    if (last <= gate_.tie_end) return step(work, Gating::kFrom, nullptr);
-    if (first >= gate_.tie_end) return step(work, Gating::kAbove, nullptr);
+    if (last <= numbers_.tie_end) return step(work, Gating::kFrom, nullptr);
+    if (first >= numbers_.tie_end) return step(work, Gating::kAbove, nullptr);
     mark_active(work, active);
     step(work, Gating::kMask, active);
   }
 
  private:
   void step(const Work& work, Gating gating, const uint8_t* active) const {
-    const GsmTensor& t = *work.tensor;
-    const GsmSettings& s = *t.settings;
+    const GsmWeight& t = weights_[work.tensor];
+    const GsmSettings& s = numbers_.settings[t.row];
     const StepTile tile{advanced(t.weight, t.dtype, work.offset),
                         advanced(t.momentum, t.dtype, work.offset),
                         advanced(t.gradient, t.gradient_dtype, work.offset), active, work.size};
@@ -99,7 +101,7 @@ class Update {
                               s.momentum,
                               s.dampening,
                               s.weight_decay,
-                              sign * gate_.gradient_factor,
+                              sign * numbers_.gradient_factor,
                               t.dtype == DType::kFloat64 ? limit64_ : limit32_};
     const Isa isa = best_isa();
     FASTPRUNE_FOR_ISA(isa, choose_step)
@@ -111,21 +113,23 @@ class Update {
   }
 
   void expand_gate(const Work& work, uint8_t* active) const {
-    const GsmTensor& t = *work.tensor;
-    const int64_t row = t.inputs * t.taps;
-    const int64_t block_columns = (t.inputs + t.block_inputs - 1) / t.block_inputs;
+    const Layout& layout = weights_[work.tensor].layout;
+    const GsmGate& gate = gates_[work.tensor];
+    const int64_t row = gate.inputs * gate.taps;
+    const int64_t block_columns = (gate.inputs + block_.inputs - 1) / block_.inputs;
     for (int64_t i = 0; i < work.size; ++i) {
-      const int64_t position = position_of(t.layout, work.offset + i);
+      const int64_t position = position_of(layout, work.offset + i);
       const int64_t output = position / row, column = position % row;
-      const int64_t input = column / t.taps, tap = column % t.taps;
-      const int64_t block = output / t.block_outputs * block_columns + input / t.block_inputs;
-      active[i] = t.gate[block * t.taps + tap];
+      const int64_t input = column / gate.taps, tap = column % gate.taps;
+      const int64_t block = output / block_.outputs * block_columns + input / block_.inputs;
+      active[i] = gate.kept[block * gate.taps + tap];
     }
   }
 
   void mark_active(const Work& work, uint8_t* active) const {
-    if (work.tensor->dtype == DType::kFloat64) return mark<double, double>(work, active);
-    switch (work.tensor->gradient_dtype) {
+    const GsmWeight& t = weights_[work.tensor];
+    if (t.dtype == DType::kFloat64) return mark<double, double>(work, active);
+    switch (t.gradient_dtype) {
       case DType::kBFloat16:
         return mark<float, BFloat16>(work, active);
       case DType::kFloat16:
@@ -137,7 +141,7 @@ class Update {
 
   template <typename Weight, typename Gradient>
   void mark(const Work& work, uint8_t* active) const {
-    const GsmTensor& t = *work.tensor;
+    const GsmWeight& t = weights_[work.tensor];
     const Weight* weight = static_cast<const Weight*>(t.weight) + work.offset;
     const Gradient* gradient = static_cast<const Gradient*>(t.gradient) + work.offset;
     const uint64_t limit = t.dtype == DType::kFloat64 ? limit64_ : limit32_;
@@ -145,27 +149,31 @@ class Update {
       const uint64_t key = score_key<ScoreKind::kSaliency>(weight[i] * widen(gradient[i]));
       active[i] =
           key > limit ||
-          (key == limit && t.position + position_of(t.layout, work.offset + i) < gate_.tie_end);
+          (key == limit && t.position + position_of(t.layout, work.offset + i) < numbers_.tie_end);
     }
   }
 
-  GsmGate gate_;
+  const std::vector<GsmWeight>& weights_;
+  const std::vector<GsmGate>& gates_;
+  GsmBlock block_;
+  const GsmNumbers& numbers_;
   uint64_t limit32_, limit64_;
 };
 
 }  // namespace
 
-void gsm_update(const GsmTensor* tensors, int64_t num_tensors, const GsmGate& gate,
-                ParallelFor parallel_for) {
+void gsm_update(const std::vector<GsmWeight>& weights, const std::vector<GsmGate>& gates,
+                GsmBlock block, const GsmNumbers& numbers, ParallelFor parallel_for) {
   std::vector<Work> work;
   int64_t elements = 0;
-  for (const GsmTensor* t = tensors; t != tensors + num_tensors; ++t) {
-    elements += t->numel;
-    for (int64_t offset = 0; offset < t->numel; offset += kChunk) {
-      work.push_back({t, offset, std::min(kChunk, t->numel - offset)});
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const int64_t numel = weights[i].numel;
+    elements += numel;
+    for (int64_t offset = 0; offset < numel; offset += kChunk) {
+      work.push_back({i, offset, std::min(kChunk, numel - offset)});
     }
   }
-  const Update update(gate);
+  const Update update(weights, gates, block, numbers);
   parallel_for(work.size(), grain_of(work.size(), elements), [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) update.run(work[i]);
   });

@@ -3,41 +3,12 @@
 // are to device memory; nothing is read back, every launch is asynchronous on `stream` and
 // capturable. `max_blocks` bounds the grid: a small multiple of the number of multiprocessors.
 #include <cstddef>
-#include <cstdint>
 #include <vector>
 
-#include "common/tensor_list.h"
+#include "common/gsm_tensors.h"
 #include "cuda/launch.h"
 
 namespace fastprune {
-
-// A weight and what belongs to it, all in the weight's layout.
-struct GsmWeight {
-  void* weight;    // float or double
-  void* momentum;  // as the weight
-  const void* gradient;
-  void* copy;  // the 16-bit parameter whose master the weight is, or null
-  int64_t numel;
-  int64_t position;  // in the pool; negative: outside it, never gated
-  int32_t row;       // of the settings
-  DType dtype;
-  DType gradient_dtype;  // as the weight, or 16 bits beside float
-  DType copy_dtype;
-  Layout layout;
-};
-
-// A choice of blocks made elsewhere: row-major [output blocks, input blocks, taps].
-struct GsmGate {
-  const bool* kept;
-  int64_t inputs, taps;  // of the weight
-};
-
-struct GsmBlock {
-  int64_t outputs, inputs;
-};
-
-// lr, momentum, dampening, weight_decay, nesterov, maximize
-constexpr int kGsmSettings = 6;
 
 struct GsmNumbers {
   const void* threshold;    // of the weights' type; not read if no tensor is in the pool or gated

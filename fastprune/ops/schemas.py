@@ -46,6 +46,11 @@ SCHEMAS = {
         "Tensor settings, int[] rows, SymInt[] first_groups, int[] column_groups, "
         "SymInt[] layer_firsts, SymInt[] layer_sizes, Tensor? found_inf=None) -> ()"
     ),
+    "gsm_step_": (
+        "(Tensor(a!)[] weights, Tensor(b!)[] momenta, Tensor(c!)[] copies, Tensor[] gradients, "
+        "Tensor num_kept, SymInt[] positions, Tensor settings, int[] rows, "
+        "Tensor? grad_scale=None, Tensor? found_inf=None) -> ()"
+    ),
 }
 
 # The kernel that serves an operator where its library is built; the reference serves the rest.
@@ -57,6 +62,7 @@ WINNERS = {
     "sdprun_threshold_": {"CPU": "C++", "CUDA": "CUDA C++"},
     "sdprun_update_": {"CPU": "C++", "CUDA": "CUDA C++"},
     "sdprun_guard_": {"CPU": "C++", "CUDA": "CUDA C++"},
+    "gsm_step_": {"CPU": "C++", "CUDA": "CUDA C++"},
 }
 
 
@@ -104,6 +110,7 @@ FAKES: dict[str, Callable[..., Any]] = {
     "sdprun_threshold_": _in_place_fake,
     "sdprun_update_": _in_place_fake,
     "sdprun_guard_": _in_place_fake,
+    "gsm_step_": _in_place_fake,
 }
 
 

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from ..masks import MaskSet, Sparsity, num_kept
 from ..ops.reference.gsm import SETTINGS
 from ..ops.select import (
+    PoolChoice,
     checked_block,
     global_topk_masks,
     laid_out_like,
@@ -18,6 +19,7 @@ from ..ops.select import (
     select_pool,
 )
 from .decay import warn_if_weights_stay
+from .half import HALF, restore_float32, state_dtype
 from .sharded import (
     Shard,
     check_not_flat,
@@ -31,7 +33,6 @@ from .sharded import (
     whole,
 )
 
-HALF = (torch.bfloat16, torch.float16)
 TIES = ("exact", "paper")
 
 
@@ -46,7 +47,7 @@ class _Lists(NamedTuple):
     rows: list[int]
 
     pool: list[int]  # which of them are in the pool
-    shards: list[Shard]  # of the pool's, if any is sharded
+    shards: list[Shard]  # of the pool's; empty if none is sharded
 
 
 class GSM(Optimizer):
@@ -153,21 +154,8 @@ class GSM(Optimizer):
         ]
         groups += state_dict["param_groups"][len(groups) :]
         super().load_state_dict({**state_dict, "param_groups": groups})
-        self._restore_float32(state_dict)
+        restore_float32(self, state_dict)
         self._lists = None
-
-    def _restore_float32(self, state_dict: dict[str, Any]) -> None:
-        """torch casts loaded state to the parameter's type; ours is wider for 16-bit ones."""
-        saved_ids = (i for group in state_dict["param_groups"] for i in group["params"])
-        parameters = (p for group in self.param_groups for p in group["params"])
-        for saved_id, parameter in zip(saved_ids, parameters, strict=True):
-            saved = state_dict["state"].get(saved_id)
-            if saved is None or parameter.dtype not in HALF:
-                continue
-            for key, value in saved.items():
-                if isinstance(value, Tensor) and value.is_floating_point():
-                    wide = torch.empty_like(parameter, dtype=torch.float32)
-                    self.state[parameter][key] = wide.copy_(value)
 
     def _is_pruned(self, group: dict[str, Any], parameter: Tensor) -> bool:
         prune = group["prune"]
@@ -188,10 +176,12 @@ class GSM(Optimizer):
     def _state(self, parameter: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[parameter]
         if state.get("momentum_buffer") is None:
-            dtype = torch.float32 if parameter.dtype in HALF else parameter.dtype
-            state["momentum_buffer"] = torch.zeros_like(parameter, dtype=dtype)
+            state["momentum_buffer"] = torch.zeros_like(parameter, dtype=state_dtype(parameter))
         if parameter.dtype in HALF and "master" not in state:
             state["master"] = parameter.detach().float()
+        for key, value in state.items():  # model.to(memory_format=...) moves the parameter alone
+            if value.stride() != parameter.stride():
+                state[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         return state
 
     # ------------------------------------------------------------------ counts
@@ -253,25 +243,47 @@ class GSM(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        lists = self._collect()
-        if lists.weights:
-            self._update(lists)
+        if self._is_skipped_start():
+            return loss
+        run = self._run
+        if torch.compiler.is_compiling() and self._has_shards():
+            run = torch.compiler.disable(run, reason="processes exchange counts in it")
+        run()
         for group in self.param_groups:
             group["num_steps"] += 1
         return loss
+
+    def _run(self) -> None:
+        lists = self._collect()
+        if lists.weights:
+            self._update(lists)
+
+    def _has_shards(self) -> bool:
+        return any(is_sharded(p) for group in self.param_groups for p in group["params"])
+
+    def _is_skipped_start(self) -> bool:
+        """A first step that AMP skips must leave no state: the next is the first one, undamped.
+
+        The one place where the device is asked; later the kernel finds out by itself.
+        """
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        return not self.state and found_inf is not None and bool(found_inf)
 
     def _collect(self) -> _Lists:
         """Only gradients change from step to step, once every parameter has had its first."""
         lists = self._lists
         if lists is None or torch.compiler.is_compiling():  # a compiled step has no use for caches
             return self._collect_anew()
-        gradients = [p.grad for p in self._parameters]
-        fit = [
-            g if g is None or g.stride() == stride else _usable(g, w)
-            for g, stride, w in zip(gradients, self._strides, lists.weights, strict=True)
-        ]
-        if any(g is None for g in fit):
-            return self._collect_anew()
+        fit = []
+        for parameter, stride in zip(self._parameters, self._strides, strict=True):
+            gradient = parameter.grad
+            if gradient is None:
+                return self._collect_anew()
+            if gradient.stride() != stride:
+                if parameter.stride() != stride:  # its memory format has changed
+                    return self._collect_anew()
+                gradient = _usable(gradient, parameter)
+            fit.append(gradient)
         return lists._replace(gradients=fit)
 
     def _collect_anew(self) -> _Lists:
@@ -303,6 +315,8 @@ class GSM(Optimizer):
                     lists.positions.append(-1)
         if not any(copy.numel() for copy in lists.copies):
             lists = lists._replace(copies=[])
+        if all(shard.group is None for shard in lists.shards):
+            lists = lists._replace(shards=[])
         if not torch.compiler.is_compiling():
             self._parameters = [p for group in self.param_groups for p in group["params"]]
             self._lists = lists._replace(gradients=[]) if complete else None
@@ -311,36 +325,32 @@ class GSM(Optimizer):
 
     def _update(self, lists: _Lists) -> None:
         device = lists.weights[0].device
-        weights = [lists.weights[i] for i in lists.pool]
-        gradients = [lists.gradients[i] for i in lists.pool]
+        step = (self._settings(device), lists.rows)
+        amp = (getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        tensors = (lists.weights, lists.momenta, lists.copies, lists.gradients)
         num_kept = self._count_tensor(device)
-        if any(shard.group is not None for shard in lists.shards):
-            choice = select_pool_sharded(weights, gradients, num_kept, self._block, lists.shards)
-        else:
-            choice = select_pool(weights, gradients, num_kept, self._block)
+        if self._block == (1, 1) and self._ties == "exact" and not lists.shards:
+            torch.ops.fastprune.gsm_step_(*tensors, num_kept, lists.positions, *step, *amp)
+            return
+        choice = self._choose(lists, num_kept)
         gates: list[Tensor] = []
         if choice.gates is not None:
-            gates = [weights[0].new_empty(0, dtype=torch.bool)] * len(lists.weights)
+            gates = [lists.weights[0].new_empty(0, dtype=torch.bool)] * len(lists.weights)
             for i, gate in zip(lists.pool, choice.gates, strict=True):
                 gates[i] = gate
-        tie_end = choice.tie_end
+        where = (gates, choice.threshold, choice.tie_end, lists.positions)
+        torch.ops.fastprune.gsm_update_(*tensors, *where, *step, self._block, *amp)
+
+    def _choose(self, lists: _Lists, num_kept: Tensor) -> PoolChoice:
+        pool = [lists.weights[i] for i in lists.pool], [lists.gradients[i] for i in lists.pool]
+        if lists.shards:
+            choice = select_pool_sharded(*pool, num_kept, self._block, lists.shards)
+        else:
+            choice = select_pool(*pool, num_kept, self._block)
         if self._ties == "paper":
-            tie_end = torch.full_like(tie_end, torch.iinfo(torch.int64).max)
-        torch.ops.fastprune.gsm_update_(
-            lists.weights,
-            lists.momenta,
-            lists.copies,
-            lists.gradients,
-            gates,
-            choice.threshold,
-            tie_end,
-            lists.positions,
-            self._settings(device),
-            lists.rows,
-            self._block,
-            getattr(self, "grad_scale", None),
-            getattr(self, "found_inf", None),
-        )
+            everywhere = torch.full_like(choice.tie_end, torch.iinfo(torch.int64).max)
+            choice = choice._replace(tie_end=everywhere)
+        return choice
 
     # ------------------------------------------------------------------ the end
 

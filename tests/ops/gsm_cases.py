@@ -107,6 +107,18 @@ class Case:
             **scalar,
         }
 
+    def build_step(self) -> dict[str, Any]:
+        """For `gsm_step_`, which finds the threshold by itself."""
+        arguments = self.build()
+        pool = sum(
+            weight.numel()
+            for weight, position in zip(arguments["weights"], arguments["positions"], strict=True)
+            if position >= 0
+        )
+        for name in ("gates", "threshold", "tie_end", "block"):
+            del arguments[name]
+        return {**arguments, "num_kept": torch.tensor(round(self.kept * pool))}
+
     def _values(self, shape: Shape, random: torch.Generator) -> Tensor:
         if self.ties:
             return torch.randint(-2, 3, shape, generator=random).float() / 4
@@ -195,6 +207,8 @@ CASES = [
     Case("NaN in gradients", special={0: torch.nan, 7: torch.nan}, kept=0.01),
     Case("infinite gradients", special={0: torch.inf, 2: -torch.inf}, kept=0.2),
 ]
+# Those of which a step, not only an update, can be made.
+STEP_CASES = [c for c in CASES if c.block == (1, 1) and c.tie_share is None]
 CHANGED = ("weights", "momenta", "copies")
 
 
@@ -211,9 +225,10 @@ def bits(t: Tensor) -> Tensor:
 def digest() -> str:
     """One number for what every case gives, to compare processes."""
     found = hashlib.sha256()
-    for case in CASES:
-        arguments = case.build()
-        torch.ops.fastprune.gsm_update_(**arguments)
+    update, step = torch.ops.fastprune.gsm_update_, torch.ops.fastprune.gsm_step_
+    runs = [(update, c.build()) for c in CASES] + [(step, c.build_step()) for c in STEP_CASES]
+    for run, arguments in runs:
+        run(**arguments)
         for tensors in results(arguments).values():
             for tensor in tensors:
                 found.update(bits(tensor).numpy().tobytes())

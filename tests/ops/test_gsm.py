@@ -15,21 +15,34 @@ from torch import Tensor
 
 import fastprune as fp
 from fastprune.ops.reference.gsm import SETTINGS
-from tests.ops.gsm_cases import CASES, CHANGED, VARIANTS, Case, bits, results, settings_of
+from tests.ops.gsm_cases import (
+    CASES,
+    CHANGED,
+    STEP_CASES,
+    VARIANTS,
+    Case,
+    bits,
+    results,
+    settings_of,
+)
 
 ROOT = Path(__file__).parent.parent.parent
 UPDATE = torch.ops.fastprune.gsm_update_
+STEP = torch.ops.fastprune.gsm_step_
 BY_LABEL = {case.label: case for case in CASES}
 
 
 def on(device: torch.device, value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.to(device)
+    if isinstance(value, dict):
+        return {key: on(device, v) for key, v in value.items()}
     return [on(device, v) for v in value] if isinstance(value, list) else value
 
 
 def built(case: Case, device: str | torch.device = "cpu") -> dict[str, Any]:
-    return {key: on(torch.device(device), value) for key, value in case.build().items()}
+    arguments: dict[str, Any] = on(torch.device(device), case.build())
+    return arguments
 
 
 def assert_same(ours: dict[str, list[Tensor]], expected: dict[str, list[Tensor]]) -> None:
@@ -49,6 +62,15 @@ def test_bits_are_those_of_the_reference(case: Case, device: torch.device) -> No
     assert_same(results(ours), results(expected))
     for name in ("gradients", "gates", "threshold", "tie_end", "settings"):
         assert_untouched(ours[name], built(case, device)[name])
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, id=c.label) for c in STEP_CASES])
+def test_the_step_selects_and_updates(case: Case, device: torch.device) -> None:
+    ours, expected = (on(device, case.build_step()) for _ in range(2))
+    STEP(**ours)
+    with fp.use_reference():
+        STEP(**expected)
+    assert_same(results(ours), results(expected))
 
 
 def assert_untouched(value: Any, before: Any) -> None:
@@ -303,6 +325,8 @@ OPCHECKED = [
 @pytest.mark.parametrize("label", OPCHECKED)
 def test_opcheck(label: str, device: torch.device) -> None:
     torch.library.opcheck(UPDATE.default, (), built(BY_LABEL[label], device))
+    if (case := BY_LABEL[label]) in STEP_CASES:
+        torch.library.opcheck(STEP.default, (), on(device, case.build_step()))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -365,4 +389,31 @@ def test_what_would_be_unsafe_memory_access_is_refused(
     before = [w.clone() for w in arguments["weights"]]
     with pytest.raises(RuntimeError, match=message):
         UPDATE(**arguments)
+    assert all(torch.equal(w, b) for w, b in zip(arguments["weights"], before, strict=True))
+
+
+@pytest.mark.skipif(
+    fp.build_info().operators["gsm_step_"]["CPU"] == "reference",
+    reason="the reference trusts its callers",
+)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"positions": [0, 5]}, "without gaps"),
+        ({"num_kept": torch.tensor(2.0)}, "num_kept must be one int64"),
+        ({"num_kept": torch.tensor([2, 3])}, "num_kept must be one int64"),
+        ({"rows": [0]}, "one entry per weight"),
+    ],
+    ids=str,
+)
+def test_a_step_refuses_what_its_selection_could_not_use(
+    change: dict[str, Any], message: str
+) -> None:
+    arguments = worked_example()
+    for name in ("gates", "threshold", "tie_end", "block"):
+        del arguments[name]
+    arguments |= {"num_kept": torch.tensor(3), **change}
+    before = [w.clone() for w in arguments["weights"]]
+    with pytest.raises(RuntimeError, match=message):
+        STEP(**arguments)
     assert all(torch.equal(w, b) for w, b in zip(arguments["weights"], before, strict=True))

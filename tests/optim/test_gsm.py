@@ -261,7 +261,34 @@ def test_channels_last_gives_the_same() -> None:
     assert other[0].weight.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_a_memory_format_changed_in_training_is_followed() -> None:
+    plain, other = network(), network()
+    mine, theirs = gsm(plain), gsm(other)
+    steps(plain, mine, range(6))
+    steps(other, theirs, range(3))
+    other.to(memory_format=torch.channels_last)
+    steps(other, theirs, range(3, 6))
+    assert_same(tensors(other, theirs), tensors(plain, mine))
+    assert theirs.state[other[0].weight]["momentum_buffer"].stride() == other[0].weight.stride()
+
+
 # ---------------------------------------------------------------- AMP
+
+
+def test_a_first_step_that_is_skipped_leaves_the_next_the_first() -> None:
+    """torch damps every gradient but the first."""
+    weights = [nn.Parameter(torch.tensor([[1.0, 2.0]])) for _ in range(2)]
+    optimizers = [fp.optim.GSM([w], 0.1, dampening=0.5, num_kept=2) for w in weights]
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    weights[0].grad = torch.tensor([[torch.inf, 1.0]])
+    scaler.scale(torch.ones(()))  # makes the scale
+    scaler.step(optimizers[0])
+    scaler.update()
+    assert not optimizers[0].state and weights[0].tolist() == [[1.0, 2.0]]
+    for weight, optimizer in zip(weights, optimizers, strict=True):
+        weight.grad = torch.tensor([[0.5, 1.0]])
+        optimizer.step()
+    assert torch.equal(*weights)
 
 
 def test_a_step_skipped_by_the_scaler_changes_no_bit() -> None:

@@ -103,8 +103,17 @@ def work(rank: int, world: int, folder: str) -> None:
 
     results: dict[str, Any] = {}
     tests = {"cases": sharded_cases, "fsdp": fsdp_model}
-    tests |= {2: {"ddp": ddp, "errors": errors, "save": save}, 4: {"hybrid": hybrid}}.get(world, {})
-    tests |= {"load": load} if world == 1 else {}
+    tests |= {
+        1: {"load": load},
+        2: {
+            "ddp": ddp,
+            "errors": errors,
+            "save": save,
+            "scaled": fsdp_scaled,
+            "compiled": fsdp_compiled,
+        },
+        4: {"hybrid": hybrid, "fsdp hybrid": fsdp_hybrid},
+    }[world]
     mesh = init_device_mesh("cpu", (world,))
     for name, test in tests.items():
         try:
@@ -156,6 +165,60 @@ def fsdp_model(mesh: Any, folder: Path) -> dict[str, Any]:
             q.grad = full(p.grad)
         for opt in opts:
             opt.step()
+            opt.zero_grad()
+    return {"sharded": snapshot(opts[0]), "alone": snapshot(opts[1])}
+
+
+def fsdp_hybrid(mesh: Any, folder: Path) -> dict[str, Any]:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    return fsdp_model(grid, folder)
+
+
+def fsdp_scaled(mesh: Any, folder: Path) -> dict[str, Any]:
+    """Loss scaling: one rank overflows in the first step and in the third, which nobody takes."""
+    from torch.distributed.fsdp import fully_shard
+
+    split, alone = model(), model()
+    fully_shard(split, mesh=mesh)
+    opts = [optimizer(m.parameters(), {"num_kept": 20}) for m in (split, alone)]
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    for step in range(4):
+        skipped = step % 2 == 0
+        generator = torch.Generator().manual_seed(10 * step + dist.get_rank())
+        x = torch.randn(4, 6, generator=generator)
+        if skipped and dist.get_rank() == 1:
+            x[0, 0] = torch.inf
+        scale = scaler.get_scale()
+        scaler.scale(split(x).square().sum()).backward()
+        for p, q in zip(split.parameters(), alone.parameters(), strict=True):
+            q.grad = full(p.grad) / scale
+        scaler.step(opts[0])
+        scaler.update()
+        if not skipped:
+            opts[1].step()
+        opts[0].zero_grad()
+    return {"sharded": snapshot(opts[0]), "alone": snapshot(opts[1]), "scale": scaler.get_scale()}
+
+
+def fsdp_compiled(mesh: Any, folder: Path) -> dict[str, Any]:
+    """The compiler is to leave the step of a sharded model as it is."""
+    from torch.distributed.fsdp import fully_shard
+
+    models = model(), model()
+    for m in models:
+        fully_shard(m, mesh=mesh)
+    opts = [optimizer(m.parameters(), {"num_kept": 20}) for m in models]
+    steps: list[Any] = [opt.step for opt in opts]
+    for step in range(STEPS):
+        if step == 1:
+            steps[0] = torch.compile(opts[0].step, backend="aot_eager")
+        generator = torch.Generator().manual_seed(10 * step + dist.get_rank())
+        x = torch.randn(4, 6, generator=generator)
+        for m, run, opt in zip(models, steps, opts, strict=True):
+            m(x).square().sum().backward()
+            run()
             opt.zero_grad()
     return {"sharded": snapshot(opts[0]), "alone": snapshot(opts[1])}
 
@@ -358,6 +421,22 @@ def test_hybrid_sharding_does_not_change_a_bit(results: Any) -> None:
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_fully_sharded_model_trains_like_a_single_process(results: Any, world: int) -> None:
     for found in of(results, world, "fsdp"):
+        same(found["sharded"], found["alone"])
+
+
+def test_fully_shard_on_a_grid_trains_like_a_single_process(results: Any) -> None:
+    for found in of(results, 4, "fsdp hybrid"):
+        same(found["sharded"], found["alone"])
+
+
+def test_an_overflow_on_one_rank_skips_the_step_on_all(results: Any) -> None:
+    for found in of(results, 2, "scaled"):
+        same(found["sharded"], found["alone"])
+        assert found["scale"] == 16.0
+
+
+def test_the_compiler_leaves_a_step_of_shards_as_it_is(results: Any) -> None:
+    for found in of(results, 2, "compiled"):
         same(found["sharded"], found["alone"])
 
 

@@ -1,11 +1,12 @@
 """The specification: every operator in plain PyTorch, under the operator's own name."""
 
-from .gsm import gsm_update_
+from .gsm import gsm_step_, gsm_update_
 from .sdprun import sdprun_guard_, sdprun_threshold_, sdprun_update_
 from .select import block_scores, select_masks, select_threshold
 
 __all__ = [
     "block_scores",
+    "gsm_step_",
     "gsm_update_",
     "sdprun_guard_",
     "sdprun_threshold_",

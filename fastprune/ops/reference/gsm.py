@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .select import element_scores, order_keys
+from .select import element_scores, order_keys, select_threshold
 
 # Columns of `settings`, one row for each set of hyper-parameters.
 SETTINGS = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
@@ -60,6 +60,31 @@ def gsm_update_(
         _step(weight, momentum, gradient, active, *hyper)
         if copies and copies[i].numel():
             copies[i].copy_(weight)
+
+
+def gsm_step_(
+    weights: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    copies: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    num_kept: Tensor,
+    positions: Sequence[int],
+    settings: Tensor,
+    rows: Sequence[int],
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """The update of the `num_kept` largest |w * g| of a pool that lies in one place.
+
+    `select_threshold` and `gsm_update_` in one call: the tensors with a position are the pool, in
+    the order of their positions, which start at 0 and leave no gap.
+    """
+    pool = [i for i, position in enumerate(positions) if position >= 0]
+    threshold, _, tie_end, _ = select_threshold(
+        [weights[i] for i in pool], [gradients[i] for i in pool], num_kept, "saliency"
+    )
+    choice = (threshold, tie_end, positions, settings, rows, (1, 1), grad_scale, found_inf)
+    gsm_update_(weights, momenta, copies, gradients, [], *choice)
 
 
 def _step(
