@@ -1,6 +1,7 @@
 """fastprune: optimizers and kernels that prune neural networks."""
 
 from . import ops, optim, schedules
+from .deploy import compact
 from .masks import MaskSet, num_kept
 from .methods import magnitude
 from .ops import (
@@ -16,6 +17,7 @@ from .tickets import mask_gradients, rewind
 __all__ = [
     "MaskSet",
     "build_info",
+    "compact",
     "global_topk",
     "global_topk_masks",
     "layer_topk",
