@@ -1,6 +1,7 @@
 """fastprune: optimizers and kernels that prune neural networks."""
 
 from . import ops, optim, schedules
+from .deploy import compact
 from .masks import MaskSet, num_kept
 from .methods import (
     Curve,
@@ -26,6 +27,7 @@ __all__ = [
     "MaskSet",
     "barrier",
     "build_info",
+    "compact",
     "directional_scores",
     "find_curve",
     "global_topk",

@@ -18,7 +18,7 @@ LAYERS = [
     ["methods"],
     ["deploy"],
     ["optim"],
-    ["masks", "schedules", "structure", "tickets"],
+    ["channels", "masks", "schedules", "structure", "tickets"],
     ["ops"],
     ["ops.reference", "ops.triton_kernels", "_host"],
 ]

@@ -1,7 +1,7 @@
-"""The methods that are optimizers: `step()`, `masks()`, `finish()`."""
+"""The methods that are optimizers: drop-in replacements for `torch.optim.SGD`."""
 
-from .groups import prunable_groups
+from .groups import channel_groups, prunable_groups
 from .gsm import GSM
 from .sdprun import SDprun
 
-__all__ = ["GSM", "SDprun", "prunable_groups"]
+__all__ = ["GSM", "SDprun", "channel_groups", "prunable_groups"]
