@@ -36,9 +36,21 @@ struct Shrinkage {
   bool pruned;
 };
 
+constexpr int64_t kTileChannels = 64;
+
+// Rows of weights that are still to be written. That overlaps with the next rows, which are read:
+// a core that only writes leaves half of the memory's time unused.
+struct Pending {
+  const float* accumulator;
+  float* weight;
+  int64_t rows, width;
+  int64_t row, column;  // where it goes on
+  Shrinkage by[kTileChannels];
+};
+
 using Move = void (*)(const MoveTile& tile, const MoveNumbers& numbers, int64_t size);
 using MoveRows = void (*)(const MoveTile& tile, const MoveNumbers& numbers, int64_t rows,
-                          int64_t width, double* sums);
+                          int64_t width, double* sums, Pending& pending);
 using AddSquares = void (*)(const void* values, int64_t size, int64_t lane, double* lanes);
 using AddRowSquares = void (*)(const void* values, int64_t rows, int64_t width, double* sums);
 using ShrinkRows = void (*)(const void* values, int64_t rows, int64_t width, const Shrinkage* by,
@@ -65,8 +77,7 @@ namespace fastprune {
 namespace {
 
 constexpr int64_t kTileElements = 2048;  // with gradients 16 KB
-constexpr int64_t kTileChannels = 64;
-constexpr int64_t kSplitChannels = 16;  // of a tensor whose channels are in pieces: a cache line
+constexpr int64_t kSplitChannels = 16;   // of a tensor whose channels are in pieces: a cache line
 // From so many bytes on, weights would leave the caches before they are read again.
 constexpr int64_t kStreamBytes = int64_t{32} << 20;
 
@@ -125,21 +136,27 @@ struct Work {
   int64_t begin, end;
 };
 
+void finish(Pending& pending) {
+  const Isa isa = best_isa();
+  FASTPRUNE_FOR_ISA(isa, write_some)(pending, INT64_MAX);
+}
+
 class Update {
  public:
   Update(const SdprunNumbers& numbers, double* norms, bool stream)
       : numbers_(numbers), norms_(norms), stream_(stream) {}
 
-  void run(const Work& work) const {
+  void run(const Work& work, Pending& pending) const {
     const Layer& layer = *work.layer;
     if (!layer.is_pruned()) return run_unpruned(work);
     double sums[kTileChannels] = {};
     for (const SdprunTensor* t = layer.begin; t != layer.end; ++t) {
       const Kernels kernels = kernels_of(*t);
       for_runs(*t, work, [&](int64_t first, int64_t channels) {
-        move_and_measure(*t, kernels, first, channels, sums + (first - work.begin));
+        move_and_measure(*t, kernels, first, channels, sums + (first - work.begin), pending);
       });
     }
+    finish(pending);
     Shrinkage by[kTileChannels];
     for (int64_t c = 0; c < work.end - work.begin; ++c) {
       const double norm = std::sqrt(sums[c]);
@@ -147,6 +164,10 @@ class Update {
       by[c] = {group_factor(norm, layer.threshold), is_pruned(norm, layer.threshold)};
     }
     for (const SdprunTensor* t = layer.begin; t != layer.end; ++t) {
+      if (t == layer.begin && can_wait(*t)) {
+        pending = pending_of(*t, work, by);
+        continue;
+      }
       const Kernels kernels = kernels_of(*t);
       for_runs(*t, work, [&](int64_t first, int64_t channels) {
         shrink(*t, kernels, first, channels, by + (first - work.begin));
@@ -155,6 +176,24 @@ class Update {
   }
 
  private:
+  // Of a layer the first tensor is the large one.
+  bool can_wait(const SdprunTensor& t) const {
+    return stream_ && t.layout.has_rows() && t.weight_dtype == DType::kFloat32;
+  }
+
+  static Pending pending_of(const SdprunTensor& t, const Work& work, const Shrinkage* by) {
+    const int64_t begin = t.layout.begin(work.begin), rows = work.end - work.begin;
+    Pending pending{static_cast<const float*>(t.accumulator) + begin,
+                    static_cast<float*>(t.weight) + begin,
+                    rows,
+                    t.layout.inner,
+                    0,
+                    0,
+                    {}};
+    std::copy(by, by + rows, pending.by);
+    return pending;
+  }
+
   // Channels that are neighbours in memory.
   template <typename F>
   static void for_runs(const SdprunTensor& t, const Work& work, const F& f) {
@@ -183,11 +222,11 @@ class Update {
   }
 
   void move_and_measure(const SdprunTensor& t, const Kernels& kernels, int64_t first,
-                        int64_t channels, double* sums) const {
+                        int64_t channels, double* sums, Pending& pending) const {
     const int64_t begin = t.layout.begin(first), inner = t.layout.inner;
     if (t.layout.has_rows()) {
       if (t.gradient != nullptr) {
-        kernels.move_rows(tile_at(t, begin), numbers_of(t), channels, inner, sums);
+        kernels.move_rows(tile_at(t, begin), numbers_of(t), channels, inner, sums, pending);
       } else {
         kernels.add_row_squares(advanced(t.accumulator, t.dtype, begin), channels, inner, sums);
       }
@@ -297,7 +336,9 @@ void sdprun_update(const std::vector<SdprunTensor>& tensors, const SdprunNumbers
   }
   const Update update(numbers, norms, bytes >= kStreamBytes);
   parallel_for(work.size(), grain_of(work.size(), elements), [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) update.run(work[i]);
+    Pending pending{};
+    for (int64_t i = first; i < last; ++i) update.run(work[i], pending);
+    finish(pending);
 #if defined(__x86_64__)
     _mm_sfence();  // streamed weights are there for whoever is told that this is done
 #endif
