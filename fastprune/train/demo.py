@@ -183,9 +183,9 @@ def print_result(result: DemoResult) -> None:
         print_table(method, columns, rows)
     print_gsm(result.gsm)
     print(
-        "\nThese zeros are written, not removed: the file is as large and the network as slow as\n"
-        "before. A smaller file needs sparse storage, a faster network removed channels or sparse\n"
-        "kernels; magnitude pruning alone gives neither. Whole channels can be removed:"
+        "\nThese zeros are written, not removed: the file is as large and the network as\n"
+        "slow as before. Magnitude pruning and GSM alone give neither a smaller file nor a\n"
+        "faster network; whole channels of zeros can be removed:"
     )
     print_sdprun(result.sdprun)
     _print_selection(result.selection)
