@@ -2,12 +2,13 @@
 
 from fnmatch import fnmatchcase
 
-from . import gsm_cases, masked_sgd_cases, select_cases
+from . import gsm_cases, masked_sgd_cases, sdprun_cases, select_cases
 from .case import Case
 
 
 def all_cases() -> dict[str, Case]:
-    definitions = [m.definitions() for m in (select_cases, gsm_cases, masked_sgd_cases)]
+    modules = (select_cases, gsm_cases, sdprun_cases, masked_sgd_cases)
+    definitions = [module.definitions() for module in modules]
     return {case.name: case for cases in definitions for case in cases}
 
 

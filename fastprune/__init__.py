@@ -1,17 +1,24 @@
 """fastprune: optimizers and kernels that prune neural networks."""
 
 from . import ops, optim, schedules
+from .deploy import compact
 from .masks import MaskSet, num_kept
 from .methods import (
+    Curve,
     LayerCollapse,
+    barrier,
+    directional_scores,
     erk,
+    find_curve,
     force,
     iter_snip,
+    losses_along,
     magnitude,
     masks_from_scores,
     random,
     reinitialize,
     scores,
+    segment,
     shuffle_masks,
     uniform,
 )
@@ -30,10 +37,15 @@ from .ops import (
 from .tickets import mask_gradients, rewind
 
 __all__ = [
+    "Curve",
     "LayerCollapse",
     "MaskSet",
+    "barrier",
     "build_info",
+    "compact",
+    "directional_scores",
     "erk",
+    "find_curve",
     "force",
     "global_topk",
     "global_topk_masks",
@@ -41,6 +53,7 @@ __all__ = [
     "iter_snip",
     "layer_topk",
     "layer_topk_masks",
+    "losses_along",
     "magnitude",
     "mask_gradients",
     "masks_from_scores",
@@ -53,6 +66,7 @@ __all__ = [
     "rewind",
     "schedules",
     "scores",
+    "segment",
     "shuffle_masks",
     "snip",
     "synflow",

@@ -23,6 +23,7 @@ SOURCES = sorted([*ROOT.glob("csrc/bindings/cuda_*.cpp"), *ROOT.glob("csrc/cuda/
 COMPILER = shlex.split(os.environ.get("CXX", "g++"))
 HAS_COMPILER = shutil.which(COMPILER[0]) is not None
 FLAGS = ["-x", "c++", "-std=c++17", "-O2", "-fPIC", "-ffp-contract=off", "-DFASTPRUNE_SIM"]
+COUNTER = ROOT / "tests/csrc/count_elements.h"  # before all else of each source
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 TORCH = Path(torch.__file__).parent
 
@@ -41,7 +42,7 @@ def build(folder: Path) -> Path:
     """Compiles the sources two at a time and links them."""
     headers = [f"-I{ROOT / 'csrc'}", f"-isystem{TORCH / 'include'}"]
     objects = [folder / f"{source.name}.o" for source in SOURCES]
-    compile_ = [*COMPILER, *FLAGS, STABLE_ABI, *headers, "-c"]
+    compile_ = [*COMPILER, *FLAGS, STABLE_ABI, *headers, "-include", COUNTER, "-c"]
     with ThreadPoolExecutor(2) as workers:
         list(workers.map(lambda s, o: _run([*compile_, s, "-o", o]), SOURCES, objects))
     library = folder / f"{NAMESPACE}.so"

@@ -18,7 +18,7 @@ LAYERS = [
     ["methods"],
     ["deploy"],
     ["optim"],
-    ["masks", "progress", "schedules", "structure", "tickets"],
+    ["channels", "masks", "progress", "schedules", "structure", "tickets"],
     ["ops"],
     ["ops.reference", "ops.triton_kernels", "_host"],
 ]

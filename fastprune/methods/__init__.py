@@ -10,17 +10,24 @@ from .sanity import reinitialize, shuffle_masks
 from .scoring import scores
 from .selection import LayerCollapse, masks_from_scores
 from .snip import force, iter_snip
+from .valley import Curve, barrier, directional_scores, find_curve, losses_along, segment
 
 __all__ = [
+    "Curve",
     "LayerCollapse",
+    "barrier",
+    "directional_scores",
     "erk",
+    "find_curve",
     "force",
     "iter_snip",
+    "losses_along",
     "magnitude",
     "masks_from_scores",
     "random",
     "reinitialize",
     "scores",
+    "segment",
     "shuffle_masks",
     "uniform",
 ]

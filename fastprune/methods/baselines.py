@@ -41,4 +41,4 @@ def magnitude(
     else:
         counts = [num_kept(sparsity, size) for size in sizes]
         masks = layer_topk_masks(tensors, counts, score="magnitude", block=block)
-    return MaskSet(dict(zip(weights, masks, strict=True)))
+    return MaskSet(dict(zip(weights, masks, strict=True)), weights)

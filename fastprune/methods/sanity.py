@@ -20,7 +20,7 @@ def shuffle_masks(
     for name, mask in masks.items():
         order = torch.randperm(mask.numel(), generator=generator).to(mask.device)
         shuffled[name] = torch.empty_like(mask).copy_(mask.flatten()[order].view(mask.shape))
-    return MaskSet(shuffled)
+    return MaskSet(shuffled, masks.parameters if isinstance(masks, MaskSet) else None)
 
 
 def reinitialize(

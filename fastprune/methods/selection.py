@@ -47,6 +47,7 @@ class Selection:
     min_kept_per_layer: int = 0
     layers: dict[str, channels.Layer] = field(default_factory=dict)
     invert: bool = False
+    owners: Tensors = field(default_factory=dict)  # the parameters that the masks are for
 
     @property
     def names(self) -> list[str]:
@@ -134,13 +135,16 @@ class Selection:
     def _spread(self, kept: Tensors) -> MaskSet:
         weights = self.weights
         if self.granularity == "weight":
-            return MaskSet(kept)
+            return MaskSet(kept, self.owners)
         if self.granularity == "channel":
-            layers = self.layers
-            masks = {n: channels.channel_mask(k, weights[n], layers[n]) for n, k in kept.items()}
-            return MaskSet({**masks, **channels.companion_masks(kept, layers)})
+            masks = {
+                n: channels.channel_mask(k, weights[n], self.layers[n]) for n, k in kept.items()
+            }
+            masks |= channels.companion_masks(kept, self.layers)
+            return MaskSet(masks, self.owners)
         block = self.granularity
-        return MaskSet({n: _expanded([k], [weights[n]], block)[0] for n, k in kept.items()})
+        masks = {n: _expanded([k], [weights[n]], block)[0] for n, k in kept.items()}
+        return MaskSet(masks, self.owners)
 
 
 def selection(
@@ -171,7 +175,9 @@ def selection(
                 "use 'weight' or (outputs, inputs)"
             )
         layers = channels.layers(model, list(weights), run)
-    return Selection(weights, sparsity, rank, granularity, scope, least, layers)
+    owners: Tensors = {name: parameter for name, parameter in model.named_parameters()}
+    options = (sparsity, rank, granularity, scope, least)
+    return Selection(weights, *options, layers, owners=owners)
 
 
 def pruned_weights(

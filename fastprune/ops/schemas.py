@@ -34,6 +34,18 @@ SCHEMAS = {
         "Tensor[] gates, Tensor threshold, Tensor tie_end, SymInt[] positions, Tensor settings, "
         "int[] rows, SymInt[2] block, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()"
     ),
+    "sdprun_threshold_": ("(Tensor(a!) progress, Tensor settings, Tensor? found_inf=None) -> ()"),
+    "sdprun_update_": (
+        "(Tensor(a!)[] accumulators, Tensor(b!)[] momenta, Tensor(c!)[] weights, "
+        "Tensor(d!) norms, Tensor[] gradients, Tensor progress, Tensor settings, int[] rows, "
+        "SymInt[] first_groups, int[] column_groups, Tensor? grad_scale=None, "
+        "Tensor? found_inf=None) -> ()"
+    ),
+    "sdprun_guard_": (
+        "(Tensor(a!)[] weights, Tensor[] accumulators, Tensor norms, Tensor progress, "
+        "Tensor settings, int[] rows, SymInt[] first_groups, int[] column_groups, "
+        "SymInt[] layer_firsts, SymInt[] layer_sizes, Tensor? found_inf=None) -> ()"
+    ),
     "gsm_step_": (
         "(Tensor(a!)[] weights, Tensor(b!)[] momenta, Tensor(c!)[] copies, Tensor[] gradients, "
         "Tensor num_kept, SymInt[] positions, Tensor settings, int[] rows, "
@@ -52,6 +64,9 @@ WINNERS = {
     "select_masks": {"CPU": "C++", "CUDA": "CUDA C++"},
     "block_scores": {"CPU": "C++", "CUDA": "CUDA C++"},
     "gsm_update_": {"CPU": "C++", "CUDA": "CUDA C++"},
+    "sdprun_threshold_": {"CPU": "C++", "CUDA": "CUDA C++"},
+    "sdprun_update_": {"CPU": "C++", "CUDA": "CUDA C++"},
+    "sdprun_guard_": {"CPU": "C++", "CUDA": "CUDA C++"},
     "gsm_step_": {"CPU": "C++", "CUDA": "CUDA C++"},
     "masked_sgd_": {"CPU": "C++", "CUDA": "CUDA C++"},
 }
@@ -98,6 +113,9 @@ FAKES: dict[str, Callable[..., Any]] = {
     "select_masks": _select_masks_fake,
     "block_scores": _block_scores_fake,
     "gsm_update_": _in_place_fake,
+    "sdprun_threshold_": _in_place_fake,
+    "sdprun_update_": _in_place_fake,
+    "sdprun_guard_": _in_place_fake,
     "gsm_step_": _in_place_fake,
     "masked_sgd_": _in_place_fake,
 }

@@ -18,6 +18,7 @@ from ..ops.select import (
     select_pool,
 )
 from .decay import warn_if_weights_stay
+from .half import HALF, restore_float32, state_dtype
 from .settings import SettingsTable, check_options, row_of
 from .sharded import (
     Shard,
@@ -32,7 +33,6 @@ from .sharded import (
     whole,
 )
 
-HALF = (torch.bfloat16, torch.float16)
 TIES = ("exact", "paper")
 
 
@@ -154,21 +154,8 @@ class GSM(Optimizer):
         ]
         groups += state_dict["param_groups"][len(groups) :]
         super().load_state_dict({**state_dict, "param_groups": groups})
-        self._restore_float32(state_dict)
+        restore_float32(self, state_dict)
         self._lists = None
-
-    def _restore_float32(self, state_dict: dict[str, Any]) -> None:
-        """torch casts loaded state to the parameter's type; ours is wider for 16-bit ones."""
-        saved_ids = (i for group in state_dict["param_groups"] for i in group["params"])
-        parameters = (p for group in self.param_groups for p in group["params"])
-        for saved_id, parameter in zip(saved_ids, parameters, strict=True):
-            saved = state_dict["state"].get(saved_id)
-            if saved is None or parameter.dtype not in HALF:
-                continue
-            for key, value in saved.items():
-                if isinstance(value, Tensor) and value.is_floating_point():
-                    wide = torch.empty_like(parameter, dtype=torch.float32)
-                    self.state[parameter][key] = wide.copy_(value)
 
     def _is_pruned(self, group: dict[str, Any], parameter: Tensor) -> bool:
         prune = group["prune"]
@@ -189,8 +176,7 @@ class GSM(Optimizer):
     def _state(self, parameter: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[parameter]
         if state.get("momentum_buffer") is None:
-            dtype = torch.float32 if parameter.dtype in HALF else parameter.dtype
-            state["momentum_buffer"] = torch.zeros_like(parameter, dtype=dtype)
+            state["momentum_buffer"] = torch.zeros_like(parameter, dtype=state_dtype(parameter))
         if parameter.dtype in HALF and "master" not in state:
             state["master"] = parameter.detach().float()
         for key, value in state.items():  # model.to(memory_format=...) moves the parameter alone

@@ -73,7 +73,7 @@ def shard_of(parameter: Tensor, name: str = "a parameter") -> Shard:
     placement = placements[split[0]]
     if len(split) > 1 or type(placement) is not RowShard or placement.dim != 0:
         raise ValueError(
-            f"{name} has placements {tuple(placements)}, but GSM prunes parameters that are "
+            f"{name} has placements {tuple(placements)}, but pruned parameters must be "
             "sharded along dimension 0 over one mesh dimension (Shard(0), the others Replicate); "
             "use fully_shard's default placement, or put it into a group with prune=False"
         )

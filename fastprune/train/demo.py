@@ -18,6 +18,10 @@ from .console import arrow, bar, print_table
 from .data import Digits, load_digits
 from .gsm_demo import EPOCHS, GsmRow, print_gsm, prune_by_gsm
 from .loop import accuracy, train
+from .prospr_demo import EPOCHS as INITIAL_EPOCHS
+from .prospr_demo import InitialRow, print_initial, prune_at_start
+from .sdprun_demo import EPOCHS as SDPRUN_EPOCHS
+from .sdprun_demo import SdprunResult, print_sdprun, prune_by_sdprun
 
 SPARSITIES = (0.5, 0.8, 0.9, 0.95)
 METHODS: dict[str, tuple[Scope, tuple[int, int]]] = {
@@ -57,6 +61,8 @@ class DemoResult:
     rows: list[PrunedModel]
     selection: SelectionTime
     gsm: list[GsmRow]
+    sdprun: SdprunResult
+    initial: list[InitialRow]
 
 
 def digits_cnn() -> nn.Sequential:
@@ -88,6 +94,8 @@ def run_demo(
     *,
     epochs: int = 10,
     gsm_epochs: int = EPOCHS,
+    sdprun_epochs: int = SDPRUN_EPOCHS,
+    initial_epochs: int = INITIAL_EPOCHS,
     seed: int = 0,
     shapes: list[tuple[int, int]] = TIMED_SHAPES,
 ) -> DemoResult:
@@ -97,16 +105,22 @@ def run_demo(
     dense_accuracy = accuracy(model, digits.test_images, digits.test_labels)
     rows = prune_all(model, digits)
     gsm = prune_by_gsm(model, digits, gsm_epochs, seed)
+    sdprun = prune_by_sdprun(new_network(seed), dense_accuracy, digits, sdprun_epochs, seed)
+    initial = prune_at_start(lambda: new_network(seed), digits, initial_epochs, seed)
     selection = time_selection(shapes, seed)
-    result = DemoResult(dense_accuracy, rows, selection, gsm)
+    result = DemoResult(dense_accuracy, rows, selection, gsm, sdprun, initial)
     print_result(result)
     return result
 
 
-def train_dense(digits: Digits, epochs: int, seed: int) -> nn.Module:
+def new_network(seed: int) -> nn.Sequential:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = digits_cnn()
+        return digits_cnn()
+
+
+def train_dense(digits: Digits, epochs: int, seed: int) -> nn.Module:
+    model = new_network(seed)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
     steps = epochs * -(-len(digits.train_labels) // 64)
     train(
@@ -173,12 +187,14 @@ def print_result(result: DemoResult) -> None:
         rows = [_cells(row, result.dense_accuracy) for row in result.rows if row.method == method]
         print_table(method, columns, rows)
     print_gsm(result.gsm)
-    _print_selection(result.selection)
+    print_initial(result.initial)
     print(
-        "\nThese zeros are written, not removed: the file is as large and the network as slow as\n"
-        "before. A smaller file needs sparse storage, a faster network removed channels or sparse\n"
-        "kernels; magnitude pruning alone gives neither."
+        "\nThese zeros are written, not removed: the file is as large and the network as\n"
+        "slow as before. Unstructured zeros alone make neither a smaller file nor\n"
+        "a faster network. Whole channels of zeros can be removed:"
     )
+    print_sdprun(result.sdprun)
+    _print_selection(result.selection)
     print(f"\n{build_info()}")
 
 

@@ -35,11 +35,12 @@ pytestmark = pytest.mark.skipif(not COMPILER, reason="needs a C++ compiler (g++ 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel file under mutation. `harmless` maps a site's name to why its loss is no mistake."""
+    """A file under mutation. `harmless` maps a site's name to why its loss is no mistake."""
 
     source: Path
     driver: Path
     also: tuple[Path, ...] = ()
+    includers: tuple[Path, ...] = ()  # of a header: the files that are compiled with it
     daily: bool = True  # its mutants are few and quick enough for every run
     harmless: dict[str, str] = field(default_factory=dict, hash=False)
 
@@ -49,6 +50,11 @@ class Kernel:
 
 
 SELECTION = [ROOT / f"csrc/cuda/{name}.cu" for name in ("select", "select_masks", "block_scores")]
+SDPRUN = [ROOT / f"csrc/cuda/sdprun{part}.cu" for part in ("", "_columns", "_guard")]
+SELECTION = [
+    ROOT / f"csrc/cuda/{name}.cu"
+    for name in ("select", "select_bracket", "select_masks", "block_scores")
+]
 KERNELS = [
     Kernel(HERE / "kernels/histogram.cu", HERE / "histogram_driver.cpp"),
     *(
@@ -60,8 +66,24 @@ KERNELS = [
         )
         for source in SELECTION
     ),
+    Kernel(
+        ROOT / "csrc/cuda/selection.cuh",
+        HERE / "select_driver.cpp",
+        also=tuple(SELECTION[2:]),
+        includers=tuple(SELECTION[:2]),
+        daily=False,
+    ),
     Kernel(ROOT / "csrc/cuda/gsm.cu", HERE / "gsm_driver.cpp", daily=False),
     Kernel(ROOT / "csrc/cuda/masked_sgd.cu", HERE / "masked_sgd_driver.cpp", daily=False),
+    *(
+        Kernel(
+            source,
+            HERE / "sdprun_driver.cpp",
+            also=tuple(other for other in SDPRUN if other != source),
+            daily=False,
+        )
+        for source in SDPRUN
+    ),
 ]
 MUTANTS = [
     pytest.param(
@@ -107,13 +129,19 @@ class Workshop:
         return self._run(output, sanitizer, [*what, "-x", "c++", str(source)])
 
     def _link(self, output: Path, sanitizer: str, kernel: Kernel, objects, site) -> Path:
-        source = kernel.source
+        sources = kernel.includers or (kernel.source,)
+        folder = output.with_suffix(".mutant")
         if site is not None:
-            source = output.with_suffix(".cu")
-            source.write_text(mutate.mutate(kernel.source.read_text(), site))
-        inputs = ["-x", "c++", str(source), "-x", "none", *(str(o.result()) for o in objects)]
-        # A mutant lies elsewhere, but still finds the headers beside the original.
-        return self._run(output, sanitizer, [f"-I{kernel.source.parent}", *inputs])
+            mutant = folder / kernel.source.parent.name / kernel.source.name
+            mutant.parent.mkdir(parents=True)
+            mutant.write_text(mutate.mutate(kernel.source.read_text(), site))
+            sources = kernel.includers or (mutant,)
+        inputs = ["-x", "c++", *map(str, sources), "-x", "none"]
+        inputs += (str(o.result()) for o in objects)
+        # A mutant lies elsewhere, but still finds the headers beside the original; a mutated header
+        # is found before its original.
+        folders = ["-iquote", str(folder), f"-I{kernel.source.parent}"]
+        return self._run(output, sanitizer, [*folders, *inputs])
 
     def _run(self, output: Path, sanitizer: str, arguments: list[str]) -> Path:
         command = [COMPILER, *FLAGS, *SANITIZERS[sanitizer], *INCLUDES, *arguments]

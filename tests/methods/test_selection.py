@@ -284,3 +284,18 @@ def test_excluded_weights_are_left_whole() -> None:
     assert list(masks) == ["2.weight", "4.weight"]
     masks = fp.snip(model, batches, loss_fn, 0.5, exclude=[], granularity="channel")
     assert "4.weight" in masks
+
+
+@pytest.mark.parametrize("granularity", ["weight", "channel", (2, 1)])
+def test_masks_know_their_parameters(granularity: Any) -> None:
+    """So that an optimizer finds them among bare parameters of one shape."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    batches = [(torch.randn(6, 8), torch.arange(6) % 4)]
+    loss = nn.functional.cross_entropy
+    masks = fp.snip(model, batches, loss, 0.5, granularity=granularity)
+    optimizer = fp.optim.MaskedSGD(model.parameters(), lr=0.1, masks=masks)
+    loss(model(batches[0][0]), batches[0][1]).backward()
+    optimizer.step()
+    for name, mask in masks.items():
+        assert torch.equal(model.get_parameter(name) != 0, mask)

@@ -15,7 +15,14 @@ from fastprune.train import accuracy, gsm_demo, load_digits, train
 from fastprune.train.console import arrow, bar
 from fastprune.train.demo import METHODS, SPARSITIES, DemoResult, digits_cnn, run_demo
 
-SHORT: dict[str, Any] = {"epochs": 2, "gsm_epochs": 2, "seed": 3, "shapes": [(64, 64)]}
+SHORT: dict[str, Any] = {
+    "epochs": 2,
+    "gsm_epochs": 2,
+    "sdprun_epochs": 15,
+    "initial_epochs": 3,
+    "seed": 3,
+    "shapes": [(64, 64)],
+}
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +63,31 @@ def test_gsm_rows_have_their_exact_count_and_are_printed(
         assert row.dense == result.dense_accuracy
 
 
+def test_sdprun_removes_channels_and_nothing_else(printed: tuple[DemoResult, str]) -> None:
+    result, out = printed
+    found = result.sdprun
+    assert found.accuracy == found.compacted_accuracy > 0.9
+    before, after = found.channels["conv3"]
+    assert before == 64 and after < 64
+    widths = [found.channels[f"conv{i}"][1] for i in (1, 2, 3)]
+    assert found.parameters == (25_978, parameters_of(*widths))
+    assert found.bytes[0] - found.bytes[1] >= 4 * (25_978 - found.parameters[1])
+    assert f"{found.parameters[1]:,}" in out and "conv3" in out
+
+
+def test_pruned_before_training(printed: tuple[DemoResult, str]) -> None:
+    result, out = printed
+    assert [row.method for row in result.initial] == ["ProsPr", "SNIP", "random"]
+    for row in result.initial:
+        assert row.num_kept == num_kept(0.98, 25_744) and f"{row.accuracy:.1%}" in out
+    assert result.initial[0].accuracy > result.initial[2].accuracy
+
+
+def parameters_of(first: int, second: int, third: int) -> int:
+    convolutions = 9 * (first + first * second + second * third)
+    return convolutions + 2 * (first + second + third) + 4 * third * 10 + 10
+
+
 def test_the_schedule_of_the_demo_decays_passive_weights() -> None:
     steps = gsm_demo.EPOCHS * 22
 
@@ -70,6 +102,9 @@ def test_the_same_seed_gives_the_same_rows(result: DemoResult) -> None:
     again = run_demo(**SHORT)
     assert again.dense_accuracy == result.dense_accuracy
     assert again.gsm == result.gsm
+    assert again.initial == result.initial
+    assert again.sdprun.channels == result.sdprun.channels
+    assert again.sdprun.accuracy == result.sdprun.accuracy
     for row, same in zip(result.rows, again.rows, strict=True):
         assert row.masks == same.masks and row.accuracy == same.accuracy
 

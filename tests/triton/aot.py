@@ -25,7 +25,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastprune.ops.triton_kernels import select
+from fastprune.ops.triton_kernels import sdprun, select
 
 TABLE = Path(__file__).with_name("triton_resources.json")
 ARCHITECTURES = (80, 90, 100)
@@ -44,6 +44,7 @@ class Case:
     types: Types
     constants: Constants
     options: dict[str, Any]
+    fused: bool = False  # has fused multiply-adds that are meant
 
     @property
     def name(self) -> str:
@@ -136,7 +137,30 @@ def _select_chunk_cases(storage: Any, score: str) -> list[Case]:
     ]
 
 
-CASES: list[Case] = _select_cases()
+def _sdprun_cases() -> list[Case]:
+    """Accumulator, gradient and weight."""
+    kinds = [("fp32", "fp32", "fp32"), ("fp32", "fp32", "bf16"), ("fp32", "bf16", "bf16"),
+             ("fp32", "fp16", "fp16"), ("fp64", "fp64", "fp64")]  # fmt: skip
+    names = {dtype.name: dtype for dtype in select.STORAGE.values()}
+    numbers = dict.fromkeys(("norms", "progress", "settings"), "*fp64")
+    flags = dict.fromkeys(("grad_scale", "found_inf"), "*fp32")
+    return [
+        Case(
+            sdprun._shrink_rows_kernel,
+            ", ".join(kind),
+            {**int64s("tensors", "programs"), **numbers, **flags},
+            {
+                **dict(zip(("WIDE", "GRADIENT", "WEIGHT"), map(names.get, kind), strict=True)),
+                "ROWS": sdprun.ROWS,
+            },
+            sdprun.OPTIONS,
+            fused=True,
+        )
+        for kind in kinds
+    ]
+
+
+CASES: list[Case] = [*_select_cases(), *_sdprun_cases()]
 
 
 def compile_case(case: Case, architecture: int) -> Any:
@@ -178,6 +202,8 @@ def measure(case: Case) -> tuple[dict[str, Resources], list[str]]:
     """Resources by architecture, and all inexact instructions."""
     compiled = {f"sm_{a}": compile_case(case, a) for a in ARCHITECTURES}
     inexact = [i for kernel in compiled.values() for i in inexact_instructions(kernel)]
+    if case.fused:
+        inexact = [i for i in inexact if not i.startswith("fma.rn.")]
     return {name: resources(kernel) for name, kernel in compiled.items()}, inexact
 
 

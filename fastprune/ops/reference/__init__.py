@@ -2,6 +2,7 @@
 
 from .gsm import gsm_step_, gsm_update_
 from .masked_sgd import masked_sgd_
+from .sdprun import sdprun_guard_, sdprun_threshold_, sdprun_update_
 from .select import block_scores, select_masks, select_threshold
 
 __all__ = [
@@ -9,6 +10,9 @@ __all__ = [
     "gsm_step_",
     "gsm_update_",
     "masked_sgd_",
+    "sdprun_guard_",
+    "sdprun_threshold_",
+    "sdprun_update_",
     "select_masks",
     "select_threshold",
 ]

@@ -1,0 +1,31 @@
+"""Pictures, as PNG or whatever the file's name asks for."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+
+def plot_losses(losses: Mapping[str, Tensor], path: str | Path, *, title: str = "") -> None:
+    """The loss along each of several curves between two solutions, from their starts to their ends.
+
+    `losses` are what `losses_along` returns, by the curve's name.
+    """
+    figure, axes = _figure()
+    for name, values in losses.items():
+        numbers = values.tolist()
+        axes.plot([i / (len(numbers) - 1) for i in range(len(numbers))], numbers, label=name)
+    axes.set(xlabel="way from the start to the end", ylabel="loss", title=title)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def _figure() -> tuple[Any, Any]:
+    """Without pyplot, which would choose a window system and keep every figure."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("pictures need matplotlib: pip install 'fastprune[report]'") from error
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    return figure, figure.subplots()
