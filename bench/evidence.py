@@ -8,7 +8,7 @@ import argparse
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,17 @@ import torch
 
 import fastprune as fp
 
-from . import cases, floor, gsm_evidence, memory, results, timing
+from . import (
+    cases,
+    compact_evidence,
+    floor,
+    gsm_evidence,
+    memory,
+    prospr_evidence,
+    results,
+    sdprun_evidence,
+    timing,
+)
 from .case import OURS, Case
 from .gpu_check import Command, run_command
 from .run import SEED, checked, run_case, table
@@ -57,8 +67,50 @@ def gsm_speed() -> None:
 
 def gsm_digits() -> None:
     """GSM on the digits: accuracy after zeroing at 10x, 20x and 40x, and in blocks; 3 seeds."""
-    for subject, quantity, value, unit in gsm_evidence.measure():
-        fact("gsm_digits", subject, quantity, value, unit)
+    record("gsm_digits", gsm_evidence.measure())
+
+
+def sdprun_speed() -> None:
+    """The SDprun step beside torch's fused momentum SGD and the method in eager PyTorch."""
+    measure_speed("sdprun_step.*/resnet50/*")
+
+
+def sdprun_limit() -> None:
+    """SDprun ends where its theory says, on singular quadratics."""
+    record("sdprun_limit", sdprun_evidence.limit())
+
+
+def sdprun_teacher() -> None:
+    """A student of 64 units: units kept and accuracy of each setting, 5 seeds, and the barriers."""
+    picture = results.ROOT / "build" / "sdprun_valley.png"
+    picture.parent.mkdir(exist_ok=True)
+    record("sdprun_teacher", sdprun_evidence.teacher(picture))
+    print(f"  the loss between solutions: {picture.relative_to(results.ROOT)}")
+
+
+def compaction() -> None:
+    """Six architectures without half of their channels: outputs, parameters, file, latency."""
+    record("compaction", compact_evidence.measure())
+
+
+def prospr_digits() -> None:
+    """ProsPr and its rivals at 98% on the digits, 12 seeds."""
+    record("prospr_digits", prospr_evidence.measure())
+
+
+def prospr_memory() -> None:
+    """Peak memory of ProsPr on ResNet-20 with 1, 3 and 6 inner steps."""
+    record("prospr_memory", prospr_evidence.measure_memory())
+
+
+def masked_sgd_speed() -> None:
+    """The masked step beside torch's fused SGD and SGD times masks."""
+    measure_speed("masked_sgd_step/resnet50/*")
+
+
+def record(experiment: str, facts: Iterable[tuple[str, str, Any, str]]) -> None:
+    for subject, quantity, value, unit in facts:
+        fact(experiment, subject, quantity, value, unit)
 
 
 def measure_speed(pattern: str) -> None:
@@ -231,6 +283,13 @@ EXPERIMENTS: dict[str, Callable[[], None]] = {
         selection_speed,
         gsm_speed,
         gsm_digits,
+        sdprun_speed,
+        sdprun_limit,
+        sdprun_teacher,
+        compaction,
+        prospr_digits,
+        prospr_memory,
+        masked_sgd_speed,
         selection_scaling,
         selection_memory,
         beyond_2_to_31_elements,
