@@ -209,9 +209,11 @@ def test_opcheck_of_block_scores(dtype: torch.dtype, score: str, device: torch.d
     torch.library.opcheck(OPERATORS.block_scores.default, (values, gradients, score, [4, 2]))
 
 
-def test_every_operator_has_its_opcheck_here() -> None:
-    selection = {"select_threshold", "select_masks", "block_scores"}
-    assert set(SCHEMAS) == selection | {"gsm_update_"}  # the latter: test_gsm.py
+def test_every_operator_has_its_opcheck() -> None:
+    selection = {"select_threshold", "select_masks", "block_scores"}  # here
+    steps = {"gsm_step_", "gsm_update_", "masked_sgd_"}  # test_gsm.py, test_masked_sgd.py
+    steps |= {"sdprun_threshold_", "sdprun_update_", "sdprun_guard_"}  # test_sdprun.py
+    assert set(SCHEMAS) == selection | steps
 
 
 PUBLIC: dict[str, Callable[[list[Tensor], list[Tensor], Any], Any]] = {
