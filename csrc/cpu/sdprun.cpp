@@ -20,14 +20,13 @@
 namespace fastprune {
 namespace {
 
-struct MoveTile {
+// A tensor's move. Made before the work begins: what a unit of work has just written to memory may
+// be read only after the streamed weights before it.
+struct Motion {
   void* accumulator;
   void* momentum;
   const void* gradient;
-};
-
-struct MoveNumbers {
-  double lr, momentum, gradient_factor;
+  double lr, beta, gradient_factor;
 };
 
 // What a group's weights are: its accumulator times a factor, or zeros.
@@ -40,17 +39,32 @@ constexpr int64_t kTileChannels = 64;
 
 // Rows of weights that are still to be written. That overlaps with the next rows, which are read:
 // a core that only writes leaves half of the memory's time unused.
-struct Pending {
-  const float* accumulator;
+struct Unwritten {
+  const float* accumulator;  // where it goes on
   float* weight;
+  const Shrinkage* by;  // of this row and those that follow
+  int64_t left;         // of this row
   int64_t rows, width;
-  int64_t row, column;  // where it goes on
+
+  void advance(int64_t size) {
+    accumulator += size;
+    weight += size;
+    left -= size;
+    if (left > 0) return;
+    left = width;
+    ++by;
+    --rows;
+  }
+};
+
+struct Pending {
+  Unwritten unwritten;
   Shrinkage by[kTileChannels];
 };
 
-using Move = void (*)(const MoveTile& tile, const MoveNumbers& numbers, int64_t size);
-using MoveRows = void (*)(const MoveTile& tile, const MoveNumbers& numbers, int64_t rows,
-                          int64_t width, double* sums, Pending& pending);
+using Move = void (*)(const Motion& motion, int64_t offset, int64_t size);
+using MoveRows = void (*)(const Motion& motion, int64_t offset, int64_t rows, int64_t width,
+                          double* sums, Unwritten& unwritten);
 using AddSquares = void (*)(const void* values, int64_t size, int64_t lane, double* lanes);
 using AddRowSquares = void (*)(const void* values, int64_t rows, int64_t width, double* sums);
 using ShrinkRows = void (*)(const void* values, int64_t rows, int64_t width, const Shrinkage* by,
@@ -136,28 +150,40 @@ struct Work {
   int64_t begin, end;
 };
 
-void finish(Pending& pending) {
+void finish(Unwritten& unwritten) {
   const Isa isa = best_isa();
-  FASTPRUNE_FOR_ISA(isa, write_some)(pending, INT64_MAX);
+  FASTPRUNE_FOR_ISA(isa, write_some)(unwritten, INT64_MAX);
+}
+
+Motion motion_of(const SdprunTensor& t, const SdprunNumbers& numbers) {
+  const SdprunSettings& s = numbers.settings[t.row];
+  const double factor = numbers.gradient_factor;
+  return {t.accumulator, t.momentum, t.gradient,
+          s.lr,          s.momentum, s.maximize != 0 ? -factor : factor};
 }
 
 class Update {
  public:
-  Update(const SdprunNumbers& numbers, double* norms, bool stream)
-      : numbers_(numbers), norms_(norms), stream_(stream) {}
+  Update(const std::vector<SdprunTensor>& tensors, const SdprunNumbers& numbers, double* norms,
+         bool stream)
+      : first_(tensors.data()), norms_(norms), stream_(stream) {
+    for (const SdprunTensor& t : tensors) {
+      motions_.push_back(motion_of(t, numbers));
+      kernels_.push_back(kernels_of(t));
+    }
+  }
 
   void run(const Work& work, Pending& pending) const {
     const Layer& layer = *work.layer;
     if (!layer.is_pruned()) return run_unpruned(work);
     double sums[kTileChannels] = {};
     for (const SdprunTensor* t = layer.begin; t != layer.end; ++t) {
-      const Kernels kernels = kernels_of(*t);
       for_runs(*t, work, [&](int64_t first, int64_t channels) {
-        move_and_measure(*t, kernels, first, channels, sums + (first - work.begin), pending);
+        move_and_measure(*t, first, channels, sums + (first - work.begin), pending.unwritten);
       });
     }
-    finish(pending);
-    Shrinkage by[kTileChannels];
+    finish(pending.unwritten);
+    Shrinkage* const by = pending.by;
     for (int64_t c = 0; c < work.end - work.begin; ++c) {
       const double norm = std::sqrt(sums[c]);
       norms_[layer.begin->first_group + work.begin + c] = norm;
@@ -165,12 +191,11 @@ class Update {
     }
     for (const SdprunTensor* t = layer.begin; t != layer.end; ++t) {
       if (t == layer.begin && can_wait(*t)) {
-        pending = pending_of(*t, work, by);
+        pending.unwritten = all_of(*t, work, by);
         continue;
       }
-      const Kernels kernels = kernels_of(*t);
       for_runs(*t, work, [&](int64_t first, int64_t channels) {
-        shrink(*t, kernels, first, channels, by + (first - work.begin));
+        shrink(*t, first, channels, by + (first - work.begin));
       });
     }
   }
@@ -181,17 +206,14 @@ class Update {
     return stream_ && t.layout.has_rows() && t.weight_dtype == DType::kFloat32;
   }
 
-  static Pending pending_of(const SdprunTensor& t, const Work& work, const Shrinkage* by) {
-    const int64_t begin = t.layout.begin(work.begin), rows = work.end - work.begin;
-    Pending pending{static_cast<const float*>(t.accumulator) + begin,
-                    static_cast<float*>(t.weight) + begin,
-                    rows,
-                    t.layout.inner,
-                    0,
-                    0,
-                    {}};
-    std::copy(by, by + rows, pending.by);
-    return pending;
+  static Unwritten all_of(const SdprunTensor& t, const Work& work, const Shrinkage* by) {
+    const int64_t begin = t.layout.begin(work.begin), width = t.layout.inner;
+    return {static_cast<const float*>(t.accumulator) + begin,
+            static_cast<float*>(t.weight) + begin,
+            by,
+            width,
+            work.end - work.begin,
+            width};
   }
 
   // Channels that are neighbours in memory.
@@ -206,65 +228,57 @@ class Update {
     }
   }
 
-  static MoveTile tile_at(const SdprunTensor& t, int64_t offset) {
-    return {advanced(t.accumulator, t.dtype, offset), advanced(t.momentum, t.dtype, offset),
-            advanced(t.gradient, t.gradient_dtype, offset)};
+  const Motion& motion(const SdprunTensor& t) const { return motions_[&t - first_]; }
+  const Kernels& kernels(const SdprunTensor& t) const { return kernels_[&t - first_]; }
+
+  void move(const SdprunTensor& t, int64_t offset, int64_t size) const {
+    if (t.gradient != nullptr) kernels(t).move(motion(t), offset, size);
   }
 
-  MoveNumbers numbers_of(const SdprunTensor& t) const {
-    const SdprunSettings& s = numbers_.settings[t.row];
-    const double factor = numbers_.gradient_factor;
-    return {s.lr, s.momentum, s.maximize != 0 ? -factor : factor};
-  }
-
-  void move(const SdprunTensor& t, const Kernels& kernels, int64_t offset, int64_t size) const {
-    if (t.gradient != nullptr) kernels.move(tile_at(t, offset), numbers_of(t), size);
-  }
-
-  void move_and_measure(const SdprunTensor& t, const Kernels& kernels, int64_t first,
-                        int64_t channels, double* sums, Pending& pending) const {
+  void move_and_measure(const SdprunTensor& t, int64_t first, int64_t channels, double* sums,
+                        Unwritten& unwritten) const {
     const int64_t begin = t.layout.begin(first), inner = t.layout.inner;
     if (t.layout.has_rows()) {
       if (t.gradient != nullptr) {
-        kernels.move_rows(tile_at(t, begin), numbers_of(t), channels, inner, sums, pending);
+        kernels(t).move_rows(motion(t), begin, channels, inner, sums, unwritten);
       } else {
-        kernels.add_row_squares(advanced(t.accumulator, t.dtype, begin), channels, inner, sums);
+        kernels(t).add_row_squares(advanced(t.accumulator, t.dtype, begin), channels, inner, sums);
       }
       return;
     }
     alignas(kCacheLine) double lanes[kSplitChannels][kSdprunLanes] = {};
     for (int64_t m = 0; m < t.layout.middle; ++m) {
       const int64_t offset = begin + m * t.layout.columns * inner;
-      move(t, kernels, offset, channels * inner);
+      move(t, offset, channels * inner);
       for (int64_t c = 0; c < channels; ++c) {
-        kernels.add_squares(advanced(t.accumulator, t.dtype, offset + c * inner), inner,
-                            m * inner % kSdprunLanes, lanes[c]);
+        kernels(t).add_squares(advanced(t.accumulator, t.dtype, offset + c * inner), inner,
+                               m * inner % kSdprunLanes, lanes[c]);
       }
     }
     for (int64_t c = 0; c < channels; ++c) sums[c] += baseline::lane_sum(lanes[c], kSdprunLanes);
   }
 
-  void shrink(const SdprunTensor& t, const Kernels& kernels, int64_t first, int64_t channels,
-              const Shrinkage* by) const {
+  void shrink(const SdprunTensor& t, int64_t first, int64_t channels, const Shrinkage* by) const {
     for (int64_t m = 0; m < t.layout.middle; ++m) {
       const int64_t offset = t.layout.begin(first) + m * t.layout.columns * t.layout.inner;
-      kernels.shrink_rows(advanced(t.accumulator, t.dtype, offset), channels, t.layout.inner, by,
-                          stream_, advanced(t.weight, t.weight_dtype, offset));
+      kernels(t).shrink_rows(advanced(t.accumulator, t.dtype, offset), channels, t.layout.inner, by,
+                             stream_, advanced(t.weight, t.weight_dtype, offset));
     }
   }
 
   void run_unpruned(const Work& work) const {
     const SdprunTensor& t = *work.layer->begin;
-    const Kernels kernels = kernels_of(t);
     const int64_t size = work.end - work.begin;
-    move(t, kernels, work.begin, size);
+    move(t, work.begin, size);
     if (t.accumulator == t.weight) return;
     const Shrinkage as_it_is{1, false};
-    kernels.shrink_rows(advanced(t.accumulator, t.dtype, work.begin), 1, size, &as_it_is, stream_,
-                        advanced(t.weight, t.weight_dtype, work.begin));
+    kernels(t).shrink_rows(advanced(t.accumulator, t.dtype, work.begin), 1, size, &as_it_is,
+                           stream_, advanced(t.weight, t.weight_dtype, work.begin));
   }
 
-  SdprunNumbers numbers_;
+  const SdprunTensor* first_;
+  std::vector<Motion> motions_;
+  std::vector<Kernels> kernels_;
   double* norms_;
   bool stream_;
 };
@@ -334,11 +348,11 @@ void sdprun_update(const std::vector<SdprunTensor>& tensors, const SdprunNumbers
     elements += t.layout.numel();
     bytes += t.layout.numel() * element_size(t.weight_dtype);
   }
-  const Update update(numbers, norms, bytes >= kStreamBytes);
+  const Update update(tensors, numbers, norms, bytes >= kStreamBytes);
   parallel_for(work.size(), grain_of(work.size(), elements), [&](int64_t first, int64_t last) {
     Pending pending{};
     for (int64_t i = first; i < last; ++i) update.run(work[i], pending);
-    finish(pending);
+    finish(pending.unwritten);
 #if defined(__x86_64__)
     _mm_sfence();  // streamed weights are there for whoever is told that this is done
 #endif

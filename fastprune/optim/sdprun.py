@@ -123,7 +123,8 @@ class SDprun(Optimizer):
         self._parameters: list[Tensor] = []
         self._strides: list[tuple[int, ...]] = []
         self._has_momentum: list[bool] = []
-        self._versions: dict[int, int] = {}  # of the weights, after the last step
+        self._held: list[Tensor] = []  # weights that are made from accumulators
+        self._versions: dict[int, int] = {}  # of those, after the last step
         self._progress: Tensor | None = None
         self._norms: Tensor | None = None
         self._exchange: tuple[Any, Tensor | None] = (None, None)
@@ -296,6 +297,8 @@ class SDprun(Optimizer):
             self._parameters = parameters
             self._lists = lists._replace(gradients=[]) if complete else None
             self._strides = [weight.stride() for weight in lists.weights]
+            pairs = zip(lists.weights, lists.accumulators, strict=True)
+            self._held = [weight for weight, accumulator in pairs if accumulator.numel()]
             self._has_momentum = has_momentum
         return lists
 
@@ -318,7 +321,7 @@ class SDprun(Optimizer):
 
     def _update(self, lists: _Lists) -> None:
         device = lists.weights[0].device
-        self._check_unchanged(lists)
+        self._check_unchanged()
         progress = self._progress_table(device)
         norms = self._norms_table(device)
         settings = self._settings(device)
@@ -352,18 +355,18 @@ class SDprun(Optimizer):
                 lists.layer_sizes,
                 found,
             )
-        self._remember(lists)
+        self._remember()
 
     # ------------------------------------------------------------------ changes from outside
 
-    def _check_unchanged(self, lists: _Lists) -> None:
+    def _check_unchanged(self) -> None:
         """What is written into a weight would be lost: the next step forms it from v."""
         if torch.compiler.is_compiling():
             return
-        for weight, accumulator in zip(lists.weights, lists.accumulators, strict=True):
-            if accumulator.numel() and weight._version != self._versions.get(
-                id(weight), weight._version
-            ):
+        versions = self._versions
+        for weight in self._held:
+            version = weight._version
+            if version != versions.get(id(weight), version):
                 name = next(
                     name
                     for name, parameter in self._named_parameters()
@@ -375,11 +378,11 @@ class SDprun(Optimizer):
                     "after writing into parameters, or load the optimizer's state with the model's"
                 )
 
-    def _remember(self, lists: _Lists) -> None:
+    def _remember(self) -> None:
         if torch.compiler.is_compiling():
             self._versions.clear()
         else:
-            self._versions.update((id(weight), weight._version) for weight in lists.weights)
+            self._versions.update((id(weight), weight._version) for weight in self._held)
 
     def _named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         for layer in self._layers:
