@@ -56,13 +56,17 @@ void sdprun_threshold_cpu(Tensor progress, Tensor settings, std::optional<Tensor
 void sdprun_update_cpu(Tensors accumulators, Tensors momenta, Tensors weights, Tensor norms,
                        Tensors gradients, Tensor progress, Tensor settings, Integers rows,
                        Integers first_groups, Integers column_groups,
-                       std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf) {
+                       std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
+                       bool guard) {
   const SdprunArguments a{accumulators, momenta,  weights, gradients,    norms,
                           progress,     settings, rows,    first_groups, column_groups};
   check_lists(a);
   if (is_set(found_inf)) return;
-  sdprun_update(listed(a).tensors, numbers_of(a, grad_scale),
-                static_cast<double*>(norms.data_ptr()), kTorchThreads);
+  const std::vector<SdprunTensor> tensors = listed(a).tensors;
+  const SdprunNumbers numbers = numbers_of(a, grad_scale);
+  auto* const found = static_cast<double*>(norms.data_ptr());
+  sdprun_update(tensors, numbers, found, kTorchThreads);
+  if (guard) sdprun_guard(tensors, own_wholes(tensors), numbers, found);
 }
 
 void sdprun_guard_cpu(Tensors weights, Tensors accumulators, Tensor norms, Tensor progress,

@@ -38,7 +38,7 @@ void sdprun_update_cuda(Tensors accumulators, Tensors momenta, Tensors weights, 
                         Tensors gradients, Tensor progress, Tensor settings,
                         std::vector<int64_t> rows, std::vector<int64_t> first_groups,
                         std::vector<int64_t> column_groups, std::optional<Tensor> grad_scale,
-                        std::optional<Tensor> found_inf) {
+                        std::optional<Tensor> found_inf, bool guard) {
   const SdprunArguments arguments{accumulators, momenta,  weights, gradients,    norms,
                                   progress,     settings, rows,    first_groups, column_groups};
   check_lists(arguments);
@@ -51,6 +51,10 @@ void sdprun_update_cuda(Tensors accumulators, Tensors momenta, Tensors weights, 
   const Tensor scratch = empty_scratch(progress, sdprun_update_scratch(tensors));
   sdprun_update(tensors, numbers, static_cast<double*>(norms.data_ptr()), scratch.data_ptr(),
                 device.max_blocks, device.max_shared, device.stream);
+  if (!guard) return;
+  const Tensor guard_scratch = empty_scratch(progress, sdprun_guard_scratch(tensors));
+  sdprun_guard(tensors, own_wholes(tensors), numbers, norms.const_data_ptr<double>(),
+               guard_scratch.data_ptr(), device.max_blocks, device.stream);
 }
 
 void sdprun_guard_cuda(Tensors weights, Tensors accumulators, Tensor norms, Tensor progress,

@@ -128,6 +128,13 @@ inline std::vector<SdprunTensor> sdprun_tensors(const SdprunArguments& a) {
   return tensors;
 }
 
+// For layers that are whole here.
+inline std::vector<SdprunWhole> own_wholes(const std::vector<SdprunTensor>& tensors) {
+  std::vector<SdprunWhole> wholes;
+  for (const SdprunTensor& t : tensors) wholes.push_back({t.first_group, t.layout.channels()});
+  return wholes;
+}
+
 inline std::vector<SdprunWhole> sdprun_wholes(const std::vector<SdprunTensor>& tensors,
                                               const std::vector<int64_t>& layer_firsts,
                                               const std::vector<int64_t>& layer_sizes,

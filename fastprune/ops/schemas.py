@@ -39,7 +39,7 @@ SCHEMAS = {
         "(Tensor(a!)[] accumulators, Tensor(b!)[] momenta, Tensor(c!)[] weights, "
         "Tensor(d!) norms, Tensor[] gradients, Tensor progress, Tensor settings, int[] rows, "
         "SymInt[] first_groups, int[] column_groups, Tensor? grad_scale=None, "
-        "Tensor? found_inf=None) -> ()"
+        "Tensor? found_inf=None, bool guard=False) -> ()"
     ),
     "sdprun_guard_": (
         "(Tensor(a!)[] weights, Tensor[] accumulators, Tensor norms, Tensor progress, "

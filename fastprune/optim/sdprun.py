@@ -329,6 +329,8 @@ class SDprun(Optimizer):
         if self._pool is not None:
             settings[:, GOAL] = self._pool.goal(gathered(norms, *self._exchange))
         places = lists.rows, lists.first_groups, lists.column_groups
+        guarded = any(group["min_groups"] for group in self.param_groups)
+        shared = self._exchange[1] is not None  # layers of which this process has a part
         torch.ops.fastprune.sdprun_threshold_(progress, settings, found)
         torch.ops.fastprune.sdprun_update_(
             lists.accumulators,
@@ -341,9 +343,10 @@ class SDprun(Optimizer):
             *places,
             scale,
             found,
+            guarded and not shared,
         )
-        pruned = slice(len(lists.layer_firsts))
-        if any(group["min_groups"] for group in self.param_groups):
+        if guarded and shared:
+            pruned = slice(len(lists.layer_firsts))
             torch.ops.fastprune.sdprun_guard_(
                 lists.weights[pruned],
                 lists.accumulators[pruned],

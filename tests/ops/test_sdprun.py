@@ -300,6 +300,19 @@ def test_the_guard_of_a_part_of_a_layer_looks_at_the_whole() -> None:
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, id=c.label) for c in CASES])
+def test_the_guard_may_follow_in_the_same_call(case: Case, device: torch.device) -> None:
+    ours, expected = built(case, device), built(case, device)
+    OPS.sdprun_update_(**ours, guard=True)
+    OPS.sdprun_update_(**expected)
+    OPS.sdprun_guard_(**guard_arguments(expected))
+    assert_same(ours, expected)
+    reference = built(case, device)
+    with fp.use_reference():
+        OPS.sdprun_update_(**reference, guard=True)
+    assert_same(ours, reference)
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, id=c.label) for c in CASES])
 def test_bits_are_those_of_the_reference(case: Case, device: torch.device) -> None:
     ours, expected = built(case, device), built(case, device)
     with fp.use_reference():

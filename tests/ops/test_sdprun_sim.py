@@ -42,6 +42,14 @@ def test_bits_are_those_of_the_reference(case: Case, simulator: Any) -> None:
     assert_same(ours, expected)
 
 
+@pytest.mark.parametrize("case", [pytest.param(c, id=c.label) for c in CASES])
+def test_the_guard_may_follow_in_the_same_call(case: Case, simulator: Any) -> None:
+    ours, expected = case.build(), case.build()
+    simulator.sdprun_update_(**ours, guard=True)
+    step(reference, expected)
+    assert_same(ours, expected)
+
+
 def test_thresholds_are_those_of_the_cpu(simulator: Any) -> None:
     """To the bit, and of more rows than one block has threads."""
     random = torch.Generator().manual_seed(0)

@@ -74,6 +74,7 @@ def sdprun_update_(
     column_groups: Sequence[int],
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    guard: bool = False,
 ) -> None:
     """One step of every tensor, in place; nothing changes if `found_inf` is 1.
 
@@ -84,6 +85,8 @@ def sdprun_update_(
 
     A tensor without elements stands for what is not there: an accumulator (the weight, not pruned,
     is its own), a momentum buffer (also an empty list: none at all), a gradient (v stays).
+
+    With `guard`, `sdprun_guard_` follows for every layer; each must be here as a whole.
     """
     if found_inf is not None and bool(found_inf):
         return
@@ -106,6 +109,11 @@ def sdprun_update_(
         for i, v, groups in zip(layer.tensors, own, layer.columns, strict=True):
             scaled = v * spread(factor, v.shape, groups).to(v.dtype)
             weights[i].copy_(scaled.masked_fill(spread(pruned, v.shape, groups), 0.0))
+    if guard:
+        sizes = [num_channels(w.shape, c) for w, c in zip(weights, column_groups, strict=True)]
+        masters = [_master(v, w) for v, w in zip(accumulators, weights, strict=True)]
+        layers = rows, first_groups, column_groups, first_groups, sizes
+        sdprun_guard_(weights, masters, norms, progress, settings, *layers)
 
 
 def sdprun_guard_(
