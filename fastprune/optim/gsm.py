@@ -100,6 +100,7 @@ class GSM(Optimizer):
         self._strides: list[tuple[int, ...]] = []
         self._lists: _Lists | None = None
         self._total: int | None = None
+        self._counted: tuple[Any, int] = (None, 0)  # the last sparsity and pool, and their count
         self._device_counts: dict[tuple[int, torch.device], Tensor] = {}
         self._settings = SettingsTable()
         defaults = {
@@ -141,6 +142,7 @@ class GSM(Optimizer):
         super().__setstate__(state)
         self._parameters, self._strides = [], []
         self._lists = self._total = None
+        self._counted = (None, 0)
         self._device_counts, self._settings = {}, SettingsTable()
         for group in self.param_groups:
             group.setdefault("prune", None)
@@ -195,7 +197,11 @@ class GSM(Optimizer):
         if callable(sparsity):
             steps = self.param_groups[0]["num_steps"]
             sparsity = sparsity(steps)
-        return _count(sparsity, total)
+        if torch.compiler.is_compiling():
+            return _count(sparsity, total)
+        if self._counted[0] != (sparsity, total):  # exact decimals cost as much as fifty tensors
+            self._counted = (sparsity, total), _count(sparsity, total)
+        return self._counted[1]
 
     def _pool_size(self) -> int:
         if self._total is None:
