@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from .flow import Layer
@@ -53,7 +54,8 @@ def coupled_layers(
     model = copy.deepcopy(model).eval().requires_grad_(True)
     names = {module: name for name, module in model.named_modules()}
     arguments = checked_arguments(model, example_input)
-    graph = DependencyGraph().build_dependency(model, arguments, verbose=False)
+    with torch.enable_grad():  # it follows the autograd graph, whoever calls
+        graph = DependencyGraph().build_dependency(model, arguments, verbose=False)
     ignored = [m for m, name in names.items() if isinstance(m, LAYERS) and name not in pruned]
     groups = graph.get_all_groups(ignored_layers=ignored)
     return {
