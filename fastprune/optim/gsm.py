@@ -13,7 +13,6 @@ from ..ops.select import (
     PoolChoice,
     checked_block,
     global_topk_masks,
-    laid_out_like,
     num_blocks,
     select_pool,
 )
@@ -32,6 +31,7 @@ from .sharded import (
     shard_of,
     whole,
 )
+from .tensors import check_parameter, follow_layout, is_skipped_start, usable
 
 TIES = ("exact", "paper")
 
@@ -181,9 +181,7 @@ class GSM(Optimizer):
             state["momentum_buffer"] = torch.zeros_like(parameter, dtype=state_dtype(parameter))
         if parameter.dtype in HALF and "master" not in state:
             state["master"] = parameter.detach().float()
-        for key, value in state.items():  # model.to(memory_format=...) moves the parameter alone
-            if value.stride() != parameter.stride():
-                state[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        follow_layout(state, parameter)
         return state
 
     # ------------------------------------------------------------------ counts
@@ -227,7 +225,7 @@ class GSM(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._is_skipped_start():
+        if is_skipped_start(self):
             return loss
         run = self._run
         if torch.compiler.is_compiling() and self._has_shards():
@@ -245,14 +243,6 @@ class GSM(Optimizer):
     def _has_shards(self) -> bool:
         return any(is_sharded(p) for group in self.param_groups for p in group["params"])
 
-    def _is_skipped_start(self) -> bool:
-        """A first step that AMP skips must leave no state: the next is the first one, undamped.
-
-        The one place where the device is asked; later the kernel finds out by itself.
-        """
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
-        return not self.state and found_inf is not None and bool(found_inf)
-
     def _collect(self) -> _Lists:
         """Only gradients change from step to step, once every parameter has had its first."""
         lists = self._lists
@@ -266,7 +256,7 @@ class GSM(Optimizer):
             if gradient.stride() != stride:
                 if parameter.stride() != stride:  # its memory format has changed
                     return self._collect_anew()
-                gradient = _usable(gradient, parameter)
+                gradient = usable(gradient, parameter, "GSM")
             fit.append(gradient)
         return lists._replace(gradients=fit)
 
@@ -287,7 +277,7 @@ class GSM(Optimizer):
                 lists.weights.append(weight)
                 lists.momenta.append(local(state["momentum_buffer"]))
                 lists.copies.append(local(parameter) if copied else weight.new_empty(0))
-                lists.gradients.append(_usable(local_gradient(parameter), weight))
+                lists.gradients.append(usable(local_gradient(parameter), weight, "GSM"))
                 lists.rows.append(row_of(g, first_step))
                 if self._is_pruned(group, parameter):
                     lists.pool.append(len(lists.positions))
@@ -398,12 +388,6 @@ def _count(sparsity: Any, total: int) -> int:
 _count._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _usable(gradient: Tensor, weight: Tensor) -> Tensor:
-    if gradient.is_sparse:
-        raise RuntimeError("GSM does not support sparse gradients; make them dense (sparse=False)")
-    return laid_out_like(gradient, weight)
-
-
 def _check_group(group: dict[str, Any]) -> None:
     check_options(group)
     if group["weight_decay"] == 0 and group["prune"] is not False:
@@ -415,10 +399,7 @@ def _check_group(group: dict[str, Any]) -> None:
 
 
 def _check_parameter(i: int, parameter: Tensor, pruned: bool, block: tuple[int, int]) -> None:
-    if parameter.is_complex():
-        raise TypeError(f"params[{i}] is complex, which GSM does not support; use view_as_real")
-    if not parameter.is_floating_point():
-        raise TypeError(f"params[{i}] must be floating point, got {parameter.dtype}")
+    check_parameter(f"params[{i}]", parameter, "GSM")
     if pruned and block != (1, 1) and parameter.dim() < 2:
         raise ValueError(
             f"params[{i}] has {parameter.dim()} dimensions and cannot be pruned in blocks of "

@@ -9,11 +9,11 @@ from torch.optim import Optimizer
 
 from ..masks import MaskSet
 from ..ops.reference.masked_sgd import packed
-from ..ops.select import laid_out_like
 from .half import HALF, restore_float32, state_dtype
 from .masked import BitMask, masks_by_parameter
 from .settings import SettingsTable, check_options, row_of
 from .sharded import check_not_flat, is_sharded, local, local_gradient, whole
+from .tensors import check_parameter, follow_layout, is_skipped_start, usable
 
 
 class _Lists(NamedTuple):
@@ -131,10 +131,8 @@ class MaskedSGD(Optimizer):
             state["master"] = parameter.detach().float()
         if parameter in self._masks:
             state["mask"] = self._masks[parameter]
-        for key, value in state.items():  # model.to(memory_format=...) moves the parameter alone
-            if value is not None and value.stride() != parameter.stride():
-                state[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-                self._bits.clear()
+        if follow_layout(state, parameter):
+            self._bits.clear()
         if "mask" in state:
             self._masks[parameter] = state["mask"]
         if state:
@@ -154,7 +152,7 @@ class MaskedSGD(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._is_skipped_start():
+        if is_skipped_start(self):
             return loss
         lists = self._collect()
         if lists.weights:
@@ -163,14 +161,6 @@ class MaskedSGD(Optimizer):
             tensors = (lists.weights, lists.momenta, lists.copies, lists.gradients, lists.masks)
             torch.ops.fastprune.masked_sgd_(*tensors, settings, lists.rows, scale, found)
         return loss
-
-    def _is_skipped_start(self) -> bool:
-        """A first step that AMP skips must leave no state: the next is the first one, undamped.
-
-        The one place where the device is asked; later the kernel finds out by itself.
-        """
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
-        return not self.state and found_inf is not None and bool(found_inf)
 
     def _collect(self) -> _Lists:
         """Only gradients change from step to step, once every parameter has had its first."""
@@ -187,7 +177,7 @@ class MaskedSGD(Optimizer):
             if gradient.stride() != stride:
                 if parameter.stride() != stride:  # its memory format has changed
                     return self._collect_anew(has_momentum)
-                gradient = _usable(gradient, parameter)
+                gradient = usable(gradient, parameter, "MaskedSGD")
             fit.append(gradient)
         return lists._replace(gradients=fit)
 
@@ -209,7 +199,7 @@ class MaskedSGD(Optimizer):
             lists.weights.append(weight)
             lists.momenta.append(momentum)
             lists.copies.append(local(parameter) if "master" in state else weight.new_empty(0))
-            lists.gradients.append(_usable(local_gradient(parameter), weight))
+            lists.gradients.append(usable(local_gradient(parameter), weight, "MaskedSGD"))
             lists.masks.append(weight.new_empty(0, dtype=torch.uint8) if bits is None else bits)
             lists.rows.append(row_of(g, first_step))
         if not any(copy.numel() for copy in lists.copies):
@@ -254,17 +244,6 @@ class MaskedSGD(Optimizer):
                 state["master"].copy_(parameter)
 
 
-def _usable(gradient: Tensor, weight: Tensor) -> Tensor:
-    if gradient.is_sparse:
-        raise RuntimeError(
-            "MaskedSGD does not support sparse gradients; make them dense (sparse=False)"
-        )
-    return laid_out_like(gradient, weight)
-
-
 def _check_parameter(name: str, parameter: Tensor) -> None:
     check_not_flat(name, parameter)
-    if parameter.is_complex():
-        raise TypeError(f"{name} is complex, which MaskedSGD does not support; use view_as_real")
-    if not parameter.is_floating_point():
-        raise TypeError(f"{name} must be floating point, got {parameter.dtype}")
+    check_parameter(name, parameter, "MaskedSGD")

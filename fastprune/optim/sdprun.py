@@ -17,11 +17,12 @@ from ..ops.reference.sdprun import (
     guarded_groups,
     is_pruned,
 )
-from ..ops.select import laid_out_like
 from .half import HALF, restore_float32, state_dtype
 from .layers import Layer, Pool, check_one_mesh, exchanged, gathered, layers_of
 from .layers import is_pruned as is_prunable
+from .settings import check_numbers
 from .sharded import check_not_flat, is_sharded, local, local_gradient, whole
+from .tensors import check_parameter, follow_layout, usable
 
 SCALES = ("none", "sqrt")
 OPTIONS = ("lr", "momentum", "maximize", "c", "mu", "scale", "min_groups")
@@ -140,7 +141,7 @@ class SDprun(Optimizer):
             _check_group(group)
             for i, parameter in enumerate(group["params"]):
                 name = group.get("param_names", {i: f"params[{i}]"})[i]
-                _check_parameter(name, parameter)
+                check_parameter(name, parameter, "SDprun")
                 check_not_flat(name, parameter)
             self._arrange()
             check_one_mesh(self._layers)
@@ -255,14 +256,18 @@ class SDprun(Optimizer):
         lists = self._lists
         if lists is None or torch.compiler.is_compiling():  # a compiled step has no use for caches
             return self._collect_anew()
-        gradients = [p.grad for p in self._parameters]
-        fit = [
-            g if g is None or g.stride() == stride else _usable(g, w)
-            for g, stride, w in zip(gradients, self._strides, lists.weights, strict=True)
-        ]
-        has_momentum = [group["momentum"] != 0 for group in self.param_groups]
-        if has_momentum != self._has_momentum or any(g is None for g in fit):
+        if self._has_momentum != [group["momentum"] != 0 for group in self.param_groups]:
             return self._collect_anew()
+        fit = []
+        for parameter, stride in zip(self._parameters, self._strides, strict=True):
+            gradient = parameter.grad
+            if gradient is None:
+                return self._collect_anew()
+            if gradient.stride() != stride:
+                if parameter.stride() != stride:  # its memory format has changed
+                    return self._collect_anew()
+                gradient = usable(gradient, parameter, "SDprun")
+            fit.append(gradient)
         return lists._replace(gradients=fit)
 
     def _collect_anew(self) -> _Lists:
@@ -309,13 +314,16 @@ class SDprun(Optimizer):
             buffer = torch.zeros_like(parameter, dtype=state_dtype(parameter))
             self.state[parameter]["momentum_buffer"] = buffer
         state = self.state.get(parameter, {})
+        follow_layout(state, parameter)
         weight = local(parameter)
         absent = weight.new_empty(0)
         lists.accumulators.append(local(state.get("accumulator", absent)))
         lists.momenta.append(local(state["momentum_buffer"]) if has_momentum else absent)
         lists.weights.append(weight)
         lists.gradients.append(
-            absent if parameter.grad is None else _usable(local_gradient(parameter), weight)
+            absent
+            if parameter.grad is None
+            else usable(local_gradient(parameter), weight, "SDprun")
         )
         lists.rows.append(row)
 
@@ -513,22 +521,8 @@ class SDprun(Optimizer):
         return MaskSet(masks)
 
 
-def _usable(gradient: Tensor, weight: Tensor) -> Tensor:
-    if gradient.is_sparse:
-        raise RuntimeError(
-            "SDprun does not support sparse gradients; make them dense (sparse=False)"
-        )
-    return laid_out_like(gradient, weight)
-
-
 def _check_group(group: dict[str, Any]) -> None:
-    for name in ("lr", "c", "momentum"):
-        value = group[name]
-        if isinstance(value, Tensor):
-            if name != "lr" or value.numel() != 1:
-                raise ValueError(f"{name} must be a number (lr may be a one-element tensor)")
-        elif not value >= 0:
-            raise ValueError(f"{name} must be at least 0, got {value}")
+    check_numbers(group, ("lr", "c", "momentum"))
     if not group["momentum"] < 1:
         raise ValueError(f"momentum must be below 1, got {group['momentum']}")
     if group["weight_decay"]:
@@ -548,10 +542,3 @@ def _check_group(group: dict[str, Any]) -> None:
             "grows so fast that the loss suffers",
             stacklevel=5,
         )
-
-
-def _check_parameter(name: str, parameter: Tensor) -> None:
-    if parameter.is_complex():
-        raise TypeError(f"{name} is complex, which SDprun does not support; use view_as_real")
-    if not parameter.is_floating_point():
-        raise TypeError(f"{name} must be floating point, got {parameter.dtype}")

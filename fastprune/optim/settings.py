@@ -12,14 +12,18 @@ UNDAMPED = {"dampening": 0.0}  # a first step, which torch leaves so
 Group = dict[str, Any]
 
 
-def check_options(group: Group) -> None:
-    for name in ("lr", "momentum", "weight_decay"):
+def check_numbers(group: Group, names: Sequence[str]) -> None:
+    for name in names:
         value = group[name]
         if isinstance(value, Tensor):
             if name != "lr" or value.numel() != 1:
                 raise ValueError(f"{name} must be a number (lr may be a one-element tensor)")
         elif not value >= 0:
             raise ValueError(f"{name} must be at least 0, got {value}")
+
+
+def check_options(group: Group) -> None:
+    check_numbers(group, ("lr", "momentum", "weight_decay"))
     if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
         raise ValueError("nesterov needs a momentum above 0 and no dampening")
 

@@ -634,3 +634,26 @@ def test_each_step_is_that_of_the_reference() -> None:
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
             assert torch.equal(a == 0, b == 0)
         schedule.step()
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_a_memory_format_changed_in_training_is_followed(momentum: float) -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 5, 3)).double()
+    other = copy.deepcopy(plain)
+    x = torch.randn(4, 3, 7, 7, dtype=torch.float64)
+    optimizers = [
+        SDprun(model.parameters(), 0.1, c=0.5, momentum=momentum) for model in (plain, other)
+    ]
+    for step in range(6):
+        if step == 3:
+            other.to(memory_format=torch.channels_last)
+        for model, optimizer in zip((plain, other), optimizers, strict=True):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+    weight = other[0].weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert optimizers[1].state[weight]["accumulator"].stride() == weight.stride()
+    for p, q in zip(plain.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
