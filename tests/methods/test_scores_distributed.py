@@ -1,6 +1,6 @@
 """Scores over two gloo processes: the mean of both, and the same masks in both."""
 
-import traceback
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,10 +9,10 @@ import torch.distributed as dist
 from torch import nn
 
 import fastprune as fp
+from tests.processes import of, spawned
 
 from .networks import network
 
-TIMEOUT = 60
 WORLD = 2
 
 
@@ -22,11 +22,12 @@ def share(rank: int) -> tuple[nn.Module, Any, Any]:
     return model, batches[4 * rank : 4 * (rank + 1)], loss_fn
 
 
-def found(rank: int) -> dict[str, Any]:
+def found(mesh: Any, folder: Path) -> dict[str, Any]:
+    rank = dist.get_rank()
     model, batches, loss_fn = share(rank)
     kept: dict[str, Any] = {"min_kept_per_layer": 1}
     torch.manual_seed(rank)
-    return {
+    results: dict[str, Any] = {
         "scores": fp.scores("prospr", model, batches, loss_fn),
         "prospr": fp.prospr(model, batches, loss_fn, 0.7),
         "alone": fp.prospr(model, batches, loss_fn, 0.7, across_ranks=False),
@@ -37,38 +38,13 @@ def found(rank: int) -> dict[str, Any]:
         "grasp": fp.grasp(model, batches, loss_fn, 0.7, **kept),
         "random": fp.random(model, 0.7),
     }
-
-
-def work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD)
-    try:
-        result: Any = {n: dict(v) for n, v in found(rank).items()}
-    except Exception:
-        result = traceback.format_exc()
-    torch.save(result, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return {name: dict(value) for name, value in results.items()}
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    context = torch.multiprocessing.get_context("spawn")
-    processes = [context.Process(target=work, args=(r, str(folder))) for r in range(WORLD)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(TIMEOUT)
-    stuck = [process for process in processes if process.is_alive()]
-    for process in stuck:
-        process.kill()
-        process.join(5)
-    assert not stuck, f"{len(stuck)} processes did not end within {TIMEOUT} s"
-    found = [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
-    for result in found:
-        assert not isinstance(result, str), result  # a traceback
-    return found
+    return of({WORLD: spawned(WORLD, folder, {"found": found})}, WORLD, "found")
 
 
 def test_masks_are_equal_on_all_ranks(results: list[dict[str, Any]]) -> None:

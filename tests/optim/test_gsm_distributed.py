@@ -2,18 +2,30 @@
 
 import subprocess
 import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastprune.optim import GSM, sharded
+from tests.optim.distributed_training import (
+    complaint,
+    flat_models,
+    load,
+    model,
+    placer,
+    save,
+    snapshot,
+    split,
+    take_steps,
+    train_beside,
+    train_ddp,
+    train_scaled,
+)
+from tests.processes import Results, of, same, spawned
 
-TIMEOUT = 60
 STEPS = 3
 SHAPES = [(7, 6), (5, 4, 3, 3), (1, 9), (3, 8), (16, 6), (11,), (4, 0)]
 # name -> dtype, block, shapes, num_kept, ties, placement
@@ -60,17 +72,6 @@ def optimizer(params: Any, case: dict[str, Any]) -> GSM:
     )
 
 
-def full(x: Tensor) -> Tensor:
-    x = x.detach()
-    return (x.full_tensor() if hasattr(x, "full_tensor") else x).clone()
-
-
-def snapshot(opt: GSM) -> list[Tensor]:
-    params = [p for group in opt.param_groups for p in group["params"]]
-    state = [opt.state[p][key] for p in params for key in sorted(opt.state[p])]
-    return [full(x) for x in [*params, *state]]
-
-
 def train(case: dict[str, Any], place: Any) -> dict[str, Any]:
     """Every tensor after each step, and what finish() keeps; `place` puts tensor i where it is."""
     params = [nn.Parameter(place(i, x)) for i, x in enumerate(parameters(case))]
@@ -94,252 +95,98 @@ def single(case: dict[str, Any]) -> dict[str, Any]:
 # ---------------------------------------------------------------------- inside the processes
 
 
-def work(rank: int, world: int, folder: str) -> None:
-    torch.set_num_threads(1)
+def in_pieces() -> None:
     sharded.PIECE = 16  # so that small tensors come in several pieces
-    store = f"file://{folder}/store{world}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
-    from torch.distributed.device_mesh import init_device_mesh
-
-    results: dict[str, Any] = {}
-    tests = {"cases": sharded_cases, "fsdp": fsdp_model}
-    tests |= {
-        1: {"load": load},
-        2: {
-            "ddp": ddp,
-            "errors": errors,
-            "save": save,
-            "scaled": fsdp_scaled,
-            "compiled": fsdp_compiled,
-        },
-        4: {"hybrid": hybrid, "fsdp hybrid": fsdp_hybrid},
-    }[world]
-    mesh = init_device_mesh("cpu", (world,))
-    for name, test in tests.items():
-        try:
-            results[name] = test(mesh, Path(folder))
-        except Exception:
-            results[name] = traceback.format_exc()
-    torch.save(results, f"{folder}/{world}.{rank}.pt")
-    dist.destroy_process_group()
 
 
 def sharded_cases(mesh: Any, folder: Path) -> dict[str, Any]:
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    in_pieces()
+    return {n: train(c, placer(mesh, c.get("replicated", ()))) for n, c in CASES.items()}
 
-    def run(case: dict[str, Any]) -> dict[str, Any]:
-        def place(i: int, x: Tensor) -> Tensor:
-            whole = i in case.get("replicated", ())
-            return distribute_tensor(x, mesh, [Replicate() if whole else Shard(0)])
 
-        return train(case, place)
+def grid() -> Any:
+    from torch.distributed.device_mesh import init_device_mesh
 
-    return {name: run(case) for name, case in CASES.items()}
+    return init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
 
 
 def hybrid(mesh: Any, folder: Path) -> dict[str, Any]:
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-    grid = init_device_mesh("cpu", (2, 2))
-    return train(CASES["ties"], lambda i, x: distribute_tensor(x, grid, [Replicate(), Shard(0)]))
+    in_pieces()
+    both = grid()
+    return train(CASES["ties"], lambda i, x: distribute_tensor(x, both, [Replicate(), Shard(0)]))
 
 
-def model() -> nn.Sequential:
-    torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 3))
+def pair(mesh: Any) -> tuple[Any, Any]:
+    """The model sharded and alone, and an optimizer of each."""
+    in_pieces()
+    nets = split(model(), mesh), model()
+    return nets, tuple(optimizer(net.parameters(), {"num_kept": 20}) for net in nets)
 
 
 def fsdp_model(mesh: Any, folder: Path) -> dict[str, Any]:
-    """A real backward pass; its full gradients are handed to a single process as well."""
-    from torch.distributed.fsdp import fully_shard
-
-    split, alone = model(), model()
-    fully_shard(split[0], mesh=mesh)
-    fully_shard(split, mesh=mesh)
-    opts = [optimizer(m.parameters(), {"num_kept": 20}) for m in (split, alone)]
-    for step in range(STEPS):
-        generator = torch.Generator().manual_seed(10 * step + dist.get_rank())
-        split(torch.randn(4, 6, generator=generator)).square().sum().backward()
-        for p, q in zip(split.parameters(), alone.parameters(), strict=True):
-            q.grad = full(p.grad)
-        for opt in opts:
-            opt.step()
-            opt.zero_grad()
-    return {"sharded": snapshot(opts[0]), "alone": snapshot(opts[1])}
+    return train_beside(*pair(mesh), STEPS)
 
 
 def fsdp_hybrid(mesh: Any, folder: Path) -> dict[str, Any]:
-    from torch.distributed.device_mesh import init_device_mesh
-
-    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-    return fsdp_model(grid, folder)
+    return fsdp_model(grid(), folder)
 
 
 def fsdp_scaled(mesh: Any, folder: Path) -> dict[str, Any]:
-    """Loss scaling: one rank overflows in the first step and in the third, which nobody takes."""
-    from torch.distributed.fsdp import fully_shard
-
-    split, alone = model(), model()
-    fully_shard(split, mesh=mesh)
-    opts = [optimizer(m.parameters(), {"num_kept": 20}) for m in (split, alone)]
-    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
-    for step in range(4):
-        skipped = step % 2 == 0
-        generator = torch.Generator().manual_seed(10 * step + dist.get_rank())
-        x = torch.randn(4, 6, generator=generator)
-        if skipped and dist.get_rank() == 1:
-            x[0, 0] = torch.inf
-        scale = scaler.get_scale()
-        scaler.scale(split(x).square().sum()).backward()
-        for p, q in zip(split.parameters(), alone.parameters(), strict=True):
-            q.grad = full(p.grad) / scale
-        scaler.step(opts[0])
-        scaler.update()
-        if not skipped:
-            opts[1].step()
-        opts[0].zero_grad()
-    return {"sharded": snapshot(opts[0]), "alone": snapshot(opts[1]), "scale": scaler.get_scale()}
+    return train_scaled(*pair(mesh))
 
 
 def fsdp_compiled(mesh: Any, folder: Path) -> dict[str, Any]:
     """The compiler is to leave the step of a sharded model as it is."""
-    from torch.distributed.fsdp import fully_shard
-
-    models = model(), model()
-    for m in models:
-        fully_shard(m, mesh=mesh)
-    opts = [optimizer(m.parameters(), {"num_kept": 20}) for m in models]
-    steps: list[Any] = [opt.step for opt in opts]
-    for step in range(STEPS):
-        if step == 1:
-            steps[0] = torch.compile(opts[0].step, backend="aot_eager")
-        generator = torch.Generator().manual_seed(10 * step + dist.get_rank())
-        x = torch.randn(4, 6, generator=generator)
-        for m, run, opt in zip(models, steps, opts, strict=True):
-            m(x).square().sum().backward()
-            run()
-            opt.zero_grad()
-    return {"sharded": snapshot(opts[0]), "alone": snapshot(opts[1])}
+    return train_beside(*pair(mesh), STEPS, compiled=True)
 
 
 def ddp(mesh: Any, folder: Path) -> dict[str, Any]:
-    from torch.distributed.tensor.debug import CommDebugMode
-
     wrapped = nn.parallel.DistributedDataParallel(model())
-    opt = optimizer(wrapped.parameters(), {"num_kept": 20})
-    used = 0
-    for step in range(STEPS):
-        generator = torch.Generator().manual_seed(10 * step + dist.get_rank())
-        wrapped(torch.randn(4, 6, generator=generator)).square().sum().backward()
-        with CommDebugMode() as traffic:
-            opt.step()
-        used += traffic.get_total_counts()
-        opt.zero_grad()
-    return {"state": snapshot(opt), "collectives": used}
+    return train_ddp(wrapped, optimizer(wrapped.parameters(), {"num_kept": 20}), STEPS)
 
 
 def errors(mesh: Any, folder: Path) -> dict[str, Any]:
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    def message(shape: tuple[int, ...], dim: int, **options: Any) -> str:
-        parameter = nn.Parameter(distribute_tensor(torch.ones(shape), mesh, [Shard(dim)]))
-        try:
-            GSM([("w", parameter)], 0.1, num_kept=1, **options)
-        except ValueError as error:
-            return str(error)
-        return "no error"
+    def parameter(x: Tensor, dim: int = 0) -> nn.Parameter:
+        return nn.Parameter(distribute_tensor(x, mesh, [Shard(dim)]))
 
-    gradient = nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)]))
-    gradient.grad = distribute_tensor(torch.ones(4, 4), mesh, [Shard(1)])
-    try:
-        GSM([gradient], 0.1, num_kept=1).step()
-        wrong_gradient = "no error"
-    except ValueError as error:
-        wrong_gradient = str(error)
-
-    nan = nn.Parameter(distribute_tensor(torch.tensor([[1.0], [torch.nan]]), mesh, [Shard(0)]))
-    try:
-        GSM([nan], 0.1, num_kept=1).masks()
-        not_a_number = "no error"
-    except ValueError as error:
-        not_a_number = str(error)
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    flat = []
-    for original in (False, True):
-        net = FullyShardedDataParallel(
-            model(), device_id=torch.device("cpu"), use_orig_params=original
-        )
-        try:
-            GSM(net.parameters(), 0.1, num_kept=0)
-            flat.append("no error")
-        except TypeError as error:
-            flat.append(str(error))
+    odd = parameter(torch.ones(4, 4))
+    odd.grad = parameter(torch.ones(4, 4), 1).data
+    nan = parameter(torch.tensor([[1.0], [torch.nan]]))
+    columns = [("w", parameter(torch.ones(4, 4), 1))]
+    rows = [("w", parameter(torch.ones(6, 4)))]
     return {
-        "columns": message((4, 4), 1),
-        "block": message((6, 4), 0, block=(2, 1)),
-        "gradient": wrong_gradient,
-        "nan": not_a_number,
-        "flat": flat,
+        "columns": complaint(GSM, columns, 0.1, num_kept=1),
+        "block": complaint(GSM, rows, 0.1, num_kept=1, block=(2, 1)),
+        "gradient": complaint(GSM([odd], 0.1, num_kept=1).step),
+        "nan": complaint(GSM([nan], 0.1, num_kept=1).masks),
+        "flat": [complaint(GSM, net.parameters(), 0.1, num_kept=0) for net in flat_models(model)],
     }
 
 
 def checkpointed(mesh: Any | None) -> tuple[nn.Module, GSM]:
+    in_pieces()
     net = model().to(torch.bfloat16)
     if mesh is not None:
-        from torch.distributed.fsdp import fully_shard
-
-        fully_shard(net, mesh=mesh)
+        split(net, mesh)
     return net, optimizer(net.parameters(), {"num_kept": 20})
 
 
-def steps(net: nn.Module, opt: GSM, which: range) -> None:
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    for step in which:
-        generator = torch.Generator().manual_seed(step)
-        for p in net.parameters():
-            gradient = torch.randn(p.shape, generator=generator).to(p.dtype)
-            if isinstance(p, DTensor):
-                gradient = distribute_tensor(gradient, p.device_mesh, p.placements)
-            p.grad = gradient
-        opt.step()
-    opt.zero_grad()
-
-
-def save(mesh: Any, folder: Path) -> dict[str, Any]:
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import (
-        get_model_state_dict,
-        get_optimizer_state_dict,
-    )
-
+def save_three_steps(mesh: Any, folder: Path) -> None:
     net, opt = checkpointed(mesh)
-    steps(net, opt, range(3))
-    content = {"model": get_model_state_dict(net), "optim": get_optimizer_state_dict(net, opt)}
-    dcp.save(content, checkpoint_id=folder / "checkpoint")
-    return {}
+    take_steps(net, opt, range(3))
+    save(net, opt, folder / "checkpoint")
 
 
-def load(mesh: Any, folder: Path) -> dict[str, Any]:
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import (
-        get_model_state_dict,
-        get_optimizer_state_dict,
-        set_model_state_dict,
-        set_optimizer_state_dict,
-    )
-
+def load_and_go_on(mesh: Any, folder: Path) -> dict[str, Any]:
     alone, uninterrupted = checkpointed(None)
-    steps(alone, uninterrupted, range(6))
-
+    take_steps(alone, uninterrupted, range(6))
     net, opt = checkpointed(None)
-    content = {"model": get_model_state_dict(net), "optim": get_optimizer_state_dict(net, opt)}
-    dcp.load(content, checkpoint_id=folder / "checkpoint")
-    set_model_state_dict(net, content["model"])
-    set_optimizer_state_dict(net, opt, content["optim"])
-    steps(net, opt, range(3, 6))
+    load(net, opt, folder / "checkpoint")
+    take_steps(net, opt, range(3, 6))
     return {
         "loaded": snapshot(opt),
         "uninterrupted": snapshot(uninterrupted),
@@ -347,56 +194,28 @@ def load(mesh: Any, folder: Path) -> dict[str, Any]:
     }
 
 
+EVERYWHERE = {"cases": sharded_cases, "fsdp": fsdp_model}
+TESTS: dict[int, dict[str, Any]] = {
+    4: {"hybrid": hybrid, "fsdp hybrid": fsdp_hybrid},
+    2: {
+        "ddp": ddp,
+        "errors": errors,
+        "save": save_three_steps,
+        "scaled": fsdp_scaled,
+        "compiled": fsdp_compiled,
+    },
+    1: {"load": load_and_go_on},
+}
+
+
 # ---------------------------------------------------------------------- outside
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
-    """What each rank of each world found. World 1 comes last: it loads what world 2 saved."""
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """World 1 comes last: it loads what world 2 saved."""
     folder = tmp_path_factory.mktemp("distributed")
-    return {world: spawned(world, folder) for world in (4, 2, 1)}
-
-
-def spawned(world: int, folder: Path, work: Any = work) -> list[dict[str, Any]]:
-    context = torch.multiprocessing.get_context("spawn")
-    processes = [context.Process(target=work, args=(r, world, str(folder))) for r in range(world)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(TIMEOUT)
-    stuck = [process for process in processes if process.is_alive()]
-    for process in stuck:
-        process.kill()
-        process.join(5)
-    assert not stuck, f"{len(stuck)} of {world} processes did not end within {TIMEOUT} s"
-    assert [process.exitcode for process in processes] == [0] * world
-    return [torch.load(folder / f"{world}.{rank}.pt", weights_only=False) for rank in range(world)]
-
-
-def of(results: dict[int, list[dict[str, Any]]], world: int, name: str) -> list[Any]:
-    found = [rank[name] for rank in results[world]]
-    for result in found:
-        assert not isinstance(result, str), result  # a traceback
-    return found
-
-
-def same(a: Any, b: Any) -> None:
-    """Equal to the bit, signs of zeros and NaNs included."""
-    if isinstance(a, Tensor):
-        assert a.dtype == b.dtype and a.shape == b.shape
-        assert (
-            a.contiguous().numpy(force=True).tobytes() == b.contiguous().numpy(force=True).tobytes()
-            if a.dtype != torch.bfloat16
-            else torch.equal(a.view(torch.int16), b.view(torch.int16))
-        )
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            same(a[key], b[key])
-    else:
-        assert len(a) == len(b)
-        for x, y in zip(a, b, strict=True):
-            same(x, y)
+    return {world: spawned(world, folder, EVERYWHERE | TESTS[world]) for world in (4, 2, 1)}
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -466,4 +285,4 @@ def test_what_is_not_supported_is_said(results: Any) -> None:
 
 def test_importing_the_optimizers_does_not_import_dtensor() -> None:
     program = "import sys, fastprune.optim; sys.exit('torch.distributed.tensor' in sys.modules)"
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=TIMEOUT)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

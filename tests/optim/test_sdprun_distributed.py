@@ -1,16 +1,27 @@
 """SDprun over several gloo processes: the bits of a single process, whatever the sharding."""
 
-import traceback
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastprune.optim import SDprun
-from tests.optim.test_gsm_distributed import TIMEOUT, full, model, of, same
+from tests.optim.distributed_training import (
+    complaint,
+    flat_models,
+    load,
+    model,
+    placer,
+    save,
+    snapshot,
+    split,
+    take_steps,
+    train_beside,
+    train_ddp,
+)
+from tests.processes import Results, full, of, same, spawned
 
 STEPS = 5
 # Layers: each a list of shapes that share their first dimension.
@@ -46,53 +57,23 @@ def train(case: dict[str, Any], place: Any) -> dict[str, Any]:
                 gradient = torch.randn(p.shape, generator=random).to(dtype)
                 p.grad = place(i if i < len(LAYERS) else -1, gradient)
         optimizer.step()
-        found.append(snapshot(optimizer))
+        found.append(everything(optimizer))
     masks = optimizer.masks()
     optimizer.resync()  # finds nothing changed
     assert masks == optimizer.finish()
-    return {"steps": found, "masks": dict(masks), "finished": snapshot(optimizer)}
+    return {"steps": found, "masks": dict(masks), "finished": everything(optimizer)}
 
 
-def snapshot(optimizer: SDprun) -> list[Tensor]:
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    state = [optimizer.state[p][key] for p in params for key in sorted(optimizer.state.get(p, {}))]
+def everything(optimizer: SDprun) -> list[Tensor]:
     progress = [g[key] for g in optimizer.param_groups for key in ("num_steps", "threshold")]
-    return [full(x) for x in [*params, *state, *progress]]
+    return [*snapshot(optimizer), *(full(x) for x in progress)]
 
 
 # ---------------------------------------------------------------------- inside the processes
 
 
-def work(rank: int, world: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store{world}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
-    from torch.distributed.device_mesh import init_device_mesh
-
-    results: dict[str, Any] = {}
-    tests = {"cases": sharded_cases, "fsdp": fsdp_model}
-    tests |= {2: {"ddp": ddp, "errors": errors, "save": save}, 1: {"load": load}}.get(world, {})
-    mesh = init_device_mesh("cpu", (world,))
-    for name, test in tests.items():
-        try:
-            results[name] = test(mesh, Path(folder))
-        except Exception:
-            results[name] = traceback.format_exc()
-    torch.save(results, f"{folder}/{world}.{rank}.pt")
-    dist.destroy_process_group()
-
-
 def sharded_cases(mesh: Any, folder: Path) -> dict[str, Any]:
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-
-    def run(case: dict[str, Any]) -> dict[str, Any]:
-        def place(i: int, x: Tensor) -> Tensor:
-            whole = i in case.get("replicated", ())
-            return distribute_tensor(x, mesh, [Replicate() if whole else Shard(0)])
-
-        return train(case, place)
-
-    return {name: run(case) for name, case in CASES.items()}
+    return {n: train(c, placer(mesh, c.get("replicated", ()))) for n, c in CASES.items()}
 
 
 def groups_of(net: Any) -> list[dict[str, Any]]:
@@ -103,42 +84,16 @@ def groups_of(net: Any) -> list[dict[str, Any]]:
 
 
 def fsdp_model(mesh: Any, folder: Path) -> dict[str, Any]:
-    """A real backward pass; its full gradients are handed to a single process as well."""
-    from torch.distributed.fsdp import fully_shard
-
-    split, alone = model(), model()
-    fully_shard(split[0], mesh=mesh)
-    fully_shard(split, mesh=mesh)
-    optimizers = [SDprun(groups_of(m), 0.1, c=2.0) for m in (split, alone)]
-    for step in range(STEPS):
-        generator = torch.Generator().manual_seed(10 * step + dist.get_rank())
-        split(torch.randn(4, 6, generator=generator)).square().sum().backward()
-        for p, q in zip(split.parameters(), alone.parameters(), strict=True):
-            q.grad = full(p.grad)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-    return {"sharded": snapshot(optimizers[0]), "alone": snapshot(optimizers[1])}
+    nets = split(model(), mesh), model()
+    return train_beside(nets, tuple(SDprun(groups_of(m), 0.1, c=2.0) for m in nets), STEPS)
 
 
 def ddp(mesh: Any, folder: Path) -> dict[str, Any]:
-    from torch.distributed.tensor.debug import CommDebugMode
-
     wrapped = nn.parallel.DistributedDataParallel(model())
-    optimizer = SDprun(groups_of(wrapped.module), 0.1, c=2.0)
-    used = 0
-    for step in range(STEPS):
-        generator = torch.Generator().manual_seed(10 * step + dist.get_rank())
-        wrapped(torch.randn(4, 6, generator=generator)).square().sum().backward()
-        with CommDebugMode() as traffic:
-            optimizer.step()
-        used += traffic.get_total_counts()
-        optimizer.zero_grad()
-    return {"state": snapshot(optimizer), "collectives": used}
+    return train_ddp(wrapped, SDprun(groups_of(wrapped.module), 0.1, c=2.0), STEPS)
 
 
 def errors(mesh: Any, folder: Path) -> dict[str, str]:
-    from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     def parameter(dim: int | None) -> nn.Parameter:
@@ -146,94 +101,54 @@ def errors(mesh: Any, folder: Path) -> dict[str, str]:
         return nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [placement]))
 
     def message(params: Any, **options: Any) -> str:
-        try:
-            SDprun([{"params": params, "prune": True, **options}], 0.1)
-        except (TypeError, ValueError) as error:
-            return str(error)
-        return "no error"
+        return complaint(SDprun, [{"params": params, "prune": True, **options}], 0.1)
 
-    flat = FullyShardedDataParallel(model(), device_id=torch.device("cpu"))
     return {
         "columns": message([parameter(1)]),
         "transposed": message([parameter(0)], channel_dims=[(1, 1)]),
         "unlike": message([parameter(0), parameter(None)], coupled=True),
-        "flat": message(list(flat.parameters())),
+        "flat": message(list(flat_models(model)[0].parameters())),
     }
 
 
 def checkpointed(mesh: Any | None) -> tuple[nn.Module, SDprun]:
     net = model().to(torch.bfloat16)
     if mesh is not None:
-        from torch.distributed.fsdp import fully_shard
-
-        fully_shard(net, mesh=mesh)
+        split(net, mesh)
     return net, SDprun(groups_of(net), 0.1, c=1.0, momentum=0.5)
 
 
-def steps(net: nn.Module, optimizer: SDprun, which: range) -> None:
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    for step in which:
-        generator = torch.Generator().manual_seed(step)
-        for p in net.parameters():
-            gradient = torch.randn(p.shape, generator=generator).to(p.dtype)
-            if isinstance(p, DTensor):
-                gradient = distribute_tensor(gradient, p.device_mesh, p.placements)
-            p.grad = gradient
-        optimizer.step()
-    optimizer.zero_grad()
-
-
-def save(mesh: Any, folder: Path) -> dict[str, Any]:
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_state_dict
-
+def save_three_steps(mesh: Any, folder: Path) -> None:
     net, optimizer = checkpointed(mesh)
-    steps(net, optimizer, range(3))
-    dcp.save(dict(zip(("model", "optim"), get_state_dict(net, optimizer), strict=True)),
-             checkpoint_id=folder / "checkpoint")  # fmt: skip
-    return {}
+    take_steps(net, optimizer, range(3))
+    save(net, optimizer, folder / "checkpoint")
 
 
-def load(mesh: Any, folder: Path) -> dict[str, Any]:
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-
+def load_and_go_on(mesh: Any, folder: Path) -> dict[str, Any]:
     alone, uninterrupted = checkpointed(None)
-    steps(alone, uninterrupted, range(6))
+    take_steps(alone, uninterrupted, range(6))
     net, optimizer = checkpointed(None)
-    content = dict(zip(("model", "optim"), get_state_dict(net, optimizer), strict=True))
-    dcp.load(content, checkpoint_id=folder / "checkpoint")
-    set_state_dict(net, optimizer, model_state_dict=content["model"],
-                   optim_state_dict=content["optim"])  # fmt: skip
-    steps(net, optimizer, range(3, 6))
-    return {"loaded": snapshot(optimizer), "uninterrupted": snapshot(uninterrupted)}
+    load(net, optimizer, folder / "checkpoint")
+    take_steps(net, optimizer, range(3, 6))
+    return {"loaded": everything(optimizer), "uninterrupted": everything(uninterrupted)}
+
+
+EVERYWHERE = {"cases": sharded_cases, "fsdp": fsdp_model}
+TESTS: dict[int, dict[str, Any]] = {
+    3: {},
+    2: {"ddp": ddp, "errors": errors, "save": save_three_steps},
+    1: {"load": load_and_go_on},
+}
 
 
 # ---------------------------------------------------------------------- outside
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
-    """What each rank of each world found. World 1 comes last: it loads what world 2 saved."""
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """World 1 comes last: it loads what world 2 saved."""
     folder = tmp_path_factory.mktemp("distributed")
-    return {world: spawned(world, folder) for world in (3, 2, 1)}
-
-
-def spawned(world: int, folder: Path) -> list[dict[str, Any]]:
-    context = torch.multiprocessing.get_context("spawn")
-    processes = [context.Process(target=work, args=(r, world, str(folder))) for r in range(world)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(TIMEOUT)
-    stuck = [process for process in processes if process.is_alive()]
-    for process in stuck:
-        process.kill()
-        process.join(5)
-    assert not stuck, f"{len(stuck)} of {world} processes did not end within {TIMEOUT} s"
-    assert [process.exitcode for process in processes] == [0] * world
-    return [torch.load(folder / f"{world}.{rank}.pt", weights_only=False) for rank in range(world)]
+    return {world: spawned(world, folder, EVERYWHERE | TESTS[world]) for world in (3, 2, 1)}
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
