@@ -1,7 +1,6 @@
 """The cases every back end of GSM's update must agree on, to the bit."""
 
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastprune.ops.reference.gsm import SETTINGS
+from tests.ops.machine import print_digest
 
 Shape = tuple[int, ...]
 SHAPES: tuple[Shape, ...] = ((127,), (0,), (16, 8, 3, 3), (1,), (5, 0, 2), (4097,), (3,), (40, 65))
@@ -216,29 +216,15 @@ def results(arguments: dict[str, Any]) -> dict[str, list[Tensor]]:
     return {name: arguments[name] for name in CHANGED}
 
 
-def bits(t: Tensor) -> Tensor:
-    """Floats as integers: -0.0 differs from +0.0, and every NaN is one and the same."""
-    words = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return t.detach().masked_fill(t.isnan(), torch.nan).contiguous().view(words[t.itemsize])
-
-
-def digest() -> str:
-    """One number for what every case gives, to compare processes."""
-    found = hashlib.sha256()
+def every_result() -> Iterator[dict[str, list[Tensor]]]:
     update, step = torch.ops.fastprune.gsm_update_, torch.ops.fastprune.gsm_step_
     runs = [(update, c.build()) for c in CASES] + [(step, c.build_step()) for c in STEP_CASES]
     for run, arguments in runs:
         run(**arguments)
-        for tensors in results(arguments).values():
-            for tensor in tensors:
-                found.update(bits(tensor).numpy().tobytes())
-    return found.hexdigest()
+        yield results(arguments)
 
 
 if __name__ == "__main__":
-    import os
-
     import fastprune  # noqa: F401  # loads the operators
 
-    torch.set_num_threads(int(os.environ.get("THREADS", "1")))
-    print(digest())
+    print_digest(every_result())

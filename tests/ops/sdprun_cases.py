@@ -1,6 +1,5 @@
 """The cases every back end of SDprun's operators must agree on, to the bit."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -10,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fastprune.ops.reference.sdprun import SETTINGS, num_channels
-from tests.ops.gsm_cases import LAYOUTS, bits
+from tests.ops.gsm_cases import LAYOUTS
+from tests.ops.machine import print_digest
 
 Shape = tuple[int, ...]
 # Tensors of one layer, each with its column groups (0: the channels are its rows).
@@ -203,20 +203,7 @@ CASES = [
 ]
 
 
-def digest() -> str:
-    """One number for what every case gives, to compare processes."""
-    found = hashlib.sha256()
-    for case in CASES:
-        for value in results(step(case.build())).values():
-            for tensor in value if isinstance(value, list) else [value]:
-                found.update(bits(tensor).numpy().tobytes())
-    return found.hexdigest()
-
-
 if __name__ == "__main__":
-    import os
-
     import fastprune  # noqa: F401  # loads the operators
 
-    torch.set_num_threads(int(os.environ.get("THREADS", "1")))
-    print(digest())
+    print_digest(results(step(case.build())) for case in CASES)

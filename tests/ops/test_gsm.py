@@ -1,10 +1,6 @@
 """GSM's update: whatever serves a device against the reference, to the bit, and by hand."""
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,16 +13,14 @@ import fastprune as fp
 from fastprune.ops.reference.gsm import SETTINGS
 from tests.ops.gsm_cases import (
     CASES,
-    CHANGED,
     STEP_CASES,
     VARIANTS,
     Case,
-    bits,
     results,
     settings_of,
 )
+from tests.ops.machine import assert_machines_agree, assert_same, bits
 
-ROOT = Path(__file__).parent.parent.parent
 UPDATE = torch.ops.fastprune.gsm_update_
 STEP = torch.ops.fastprune.gsm_step_
 BY_LABEL = {case.label: case for case in CASES}
@@ -43,14 +37,6 @@ def on(device: torch.device, value: Any) -> Any:
 def built(case: Case, device: str | torch.device = "cpu") -> dict[str, Any]:
     arguments: dict[str, Any] = on(torch.device(device), case.build())
     return arguments
-
-
-def assert_same(ours: dict[str, list[Tensor]], expected: dict[str, list[Tensor]]) -> None:
-    for name in CHANGED:
-        assert len(ours[name]) == len(expected[name])
-        for i, (a, b) in enumerate(zip(ours[name], expected[name], strict=True)):
-            assert a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride()
-            assert torch.equal(bits(a.cpu()), bits(b.cpu())), f"{name}[{i}]"
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, id=c.label) for c in CASES])
@@ -294,21 +280,7 @@ def test_thread_counts_and_a_second_run_give_the_same_bits(label: str) -> None:
     fp.build_info().operators["gsm_update_"]["CPU"] == "reference", reason="no native library"
 )
 def test_instruction_sets_and_threads_give_the_same_bits() -> None:
-    """Each in a process of its own, since the choice is made once."""
-    setups = [("baseline", "1"), ("avx2", "2"), ("avx512", "1"), ("avx512", "2")]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.ops.gsm_cases"],
-            cwd=ROOT,
-            env={**os.environ, "FASTPRUNE_ISA": isa, "THREADS": threads},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for isa, threads in setups
-    ]
-    found = {setup: p.communicate()[0].strip() for setup, p in zip(setups, processes, strict=True)}
-    assert all(p.returncode == 0 for p in processes)
-    assert len(set(found.values())) == 1 and all(len(v) == 64 for v in found.values()), found
+    assert_machines_agree("tests.ops.gsm_cases")
 
 
 OPCHECKED = [

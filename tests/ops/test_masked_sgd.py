@@ -1,9 +1,5 @@
 """The masked step: whatever serves a device against the reference, to the bit, and by hand."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,10 +11,10 @@ from torch import Tensor
 import fastprune as fp
 from fastprune.ops.reference.gsm import SETTINGS
 from fastprune.ops.reference.masked_sgd import packed, unpacked
-from tests.ops.gsm_cases import LAYOUTS, VARIANTS, bits, settings_of
+from tests.ops.gsm_cases import LAYOUTS, VARIANTS, settings_of
+from tests.ops.machine import assert_machines_agree, assert_same, bits
 from tests.ops.masked_sgd_cases import CASES, CHANGED, Case, results
 
-ROOT = Path(__file__).parent.parent.parent
 STEP = torch.ops.fastprune.masked_sgd_
 BY_LABEL = {case.label: case for case in CASES}
 HAS_NATIVE = fp.build_info().operators["masked_sgd_"]["CPU"] != "reference"
@@ -35,14 +31,6 @@ def on(device: torch.device, value: Any) -> Any:
 def built(case: Case, device: str | torch.device = "cpu") -> dict[str, Any]:
     arguments: dict[str, Any] = on(torch.device(device), case.build())
     return arguments
-
-
-def assert_same(ours: dict[str, list[Tensor]], expected: dict[str, list[Tensor]]) -> None:
-    for name in CHANGED:
-        assert len(ours[name]) == len(expected[name])
-        for i, (a, b) in enumerate(zip(ours[name], expected[name], strict=True)):
-            assert a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride()
-            assert torch.equal(bits(a.cpu()), bits(b.cpu())), f"{name}[{i}]"
 
 
 def assert_pruned_are_zero(case: Case, arguments: dict[str, Any]) -> None:
@@ -170,21 +158,7 @@ def test_thread_counts_and_a_second_run_give_the_same_bits(label: str) -> None:
 
 @pytest.mark.skipif(not HAS_NATIVE, reason="no native library")
 def test_instruction_sets_and_threads_give_the_same_bits() -> None:
-    """Each in a process of its own, since the choice is made once."""
-    setups = [("baseline", "1"), ("avx2", "2"), ("avx512", "1"), ("avx512", "2")]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.ops.masked_sgd_cases"],
-            cwd=ROOT,
-            env={**os.environ, "FASTPRUNE_ISA": isa, "THREADS": threads},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for isa, threads in setups
-    ]
-    found = {setup: p.communicate()[0].strip() for setup, p in zip(setups, processes, strict=True)}
-    assert all(p.returncode == 0 for p in processes)
-    assert len(set(found.values())) == 1 and all(len(v) == 64 for v in found.values()), found
+    assert_machines_agree("tests.ops.masked_sgd_cases")
 
 
 OPCHECKED = [

@@ -1,11 +1,7 @@
 """SDprun's operators: whatever serves a device against the reference, to the bit, and by hand."""
 
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +12,8 @@ from torch import Tensor
 
 import fastprune as fp
 from fastprune.ops.reference.sdprun import SETTINGS, channel_rows
-from tests.ops.gsm_cases import LAYOUTS, bits
+from tests.ops.gsm_cases import LAYOUTS
+from tests.ops.machine import assert_machines_agree, assert_same, bits
 from tests.ops.sdprun_cases import (
     CASES,
     VARIANTS,
@@ -26,7 +23,6 @@ from tests.ops.sdprun_cases import (
     step,
 )
 
-ROOT = Path(__file__).parent.parent.parent
 OPS = torch.ops.fastprune
 BY_LABEL = {case.label: case for case in CASES}
 
@@ -39,20 +35,6 @@ def on(device: torch.device, value: Any) -> Any:
 
 def built(case: Case, device: str | torch.device = "cpu") -> dict[str, Any]:
     return {key: on(torch.device(device), value) for key, value in case.build().items()}
-
-
-def flat(arguments: dict[str, Any]) -> list[tuple[str, Tensor]]:
-    found = []
-    for name, value in results(arguments).items():
-        pieces = value if isinstance(value, list) else [value]
-        found += [(f"{name}[{i}]", piece) for i, piece in enumerate(pieces)]
-    return found
-
-
-def assert_same(ours: dict[str, Any], expected: dict[str, Any]) -> None:
-    for (name, a), (_, b) in zip(flat(ours), flat(expected), strict=True):
-        assert a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride()
-        assert torch.equal(bits(a.cpu()), bits(b.cpu())), name
 
 
 # ---------------------------------------------------------------- numbers worked by hand
@@ -305,11 +287,11 @@ def test_the_guard_may_follow_in_the_same_call(case: Case, device: torch.device)
     OPS.sdprun_update_(**ours, guard=True)
     OPS.sdprun_update_(**expected)
     OPS.sdprun_guard_(**guard_arguments(expected))
-    assert_same(ours, expected)
+    assert_same(results(ours), results(expected))
     reference = built(case, device)
     with fp.use_reference():
         OPS.sdprun_update_(**reference, guard=True)
-    assert_same(ours, reference)
+    assert_same(results(ours), results(reference))
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, id=c.label) for c in CASES])
@@ -326,13 +308,13 @@ def test_bits_are_those_of_the_reference(case: Case, device: torch.device) -> No
         with mode():
             OPS.sdprun_update_(**arguments)
             OPS.sdprun_guard_(**guard_arguments(arguments))
-    assert_same(ours, expected)
+    assert_same(results(ours), results(expected))
     before = built(case, device)
     for name in ("gradients", "settings"):
         pairs = zip(ours[name], before[name], strict=True)
         assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in pairs)
     if case.found_inf:
-        assert_same(ours, before)
+        assert_same(results(ours), results(before))
 
 
 def test_cases_are_what_they_say() -> None:
@@ -379,7 +361,7 @@ def test_thread_counts_and_a_second_run_give_the_same_bits(label: str) -> None:
         torch.set_num_threads(threads)
         arguments = step(built(BY_LABEL[label]))
         expected = expected or arguments
-        assert_same(arguments, expected)
+        assert_same(results(arguments), results(expected))
 
 
 NATIVE = fp.build_info().operators["sdprun_update_"]["CPU"] != "reference"
@@ -387,21 +369,7 @@ NATIVE = fp.build_info().operators["sdprun_update_"]["CPU"] != "reference"
 
 @pytest.mark.skipif(not NATIVE, reason="no native library")
 def test_instruction_sets_and_threads_give_the_same_bits() -> None:
-    """Each in a process of its own, since the choice is made once."""
-    setups = [("baseline", "1"), ("avx2", "2"), ("avx512", "1"), ("avx512", "2")]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.ops.sdprun_cases"],
-            cwd=ROOT,
-            env={**os.environ, "FASTPRUNE_ISA": isa, "THREADS": threads},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for isa, threads in setups
-    ]
-    found = {setup: p.communicate()[0].strip() for setup, p in zip(setups, processes, strict=True)}
-    assert all(p.returncode == 0 for p in processes)
-    assert len(set(found.values())) == 1 and all(len(v) == 64 for v in found.values()), found
+    assert_machines_agree("tests.ops.sdprun_cases")
 
 
 def test_streamed_weights_are_those_of_the_reference() -> None:
@@ -453,7 +421,7 @@ def test_compiled_without_a_break_gives_the_same(label: str, device: torch.devic
 
     two_steps(expected)
     torch.compile(two_steps, fullgraph=True, backend="aot_eager")(ours)
-    assert_same(ours, expected)
+    assert_same(results(ours), results(expected))
 
 
 def small() -> dict[str, Any]:

@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 from triton.runtime import interpreter
 
 from fastprune.ops import triton_kernels
-from tests.ops.gsm_cases import bits
+from tests.ops.machine import bits
 from tests.ops.sdprun_cases import CASES, COLUMNS, COUPLED, Case, results
 
 # The interpreter computes with numpy, which warns where a GPU overflows in silence.
