@@ -2,12 +2,19 @@
 
 from fnmatch import fnmatchcase
 
-from . import gsm_cases, masked_sgd_cases, sdprun_cases, select_cases
+from . import dirichlet_cases, gsm_cases, masked_sgd_cases, sdprun_cases, select_cases, switch_cases
 from .case import Case
 
 
 def all_cases() -> dict[str, Case]:
-    modules = (select_cases, gsm_cases, sdprun_cases, masked_sgd_cases)
+    modules = (
+        select_cases,
+        gsm_cases,
+        sdprun_cases,
+        masked_sgd_cases,
+        dirichlet_cases,
+        switch_cases,
+    )
     definitions = [module.definitions() for module in modules]
     return {case.name: case for cases in definitions for case in cases}
 

@@ -19,6 +19,7 @@ import fastprune as fp
 from . import (
     cases,
     compact_evidence,
+    dirichlet_evidence,
     floor,
     gsm_evidence,
     memory,
@@ -101,6 +102,16 @@ def prospr_digits() -> None:
 def prospr_memory() -> None:
     """Peak memory of ProsPr on ResNet-20 with 1, 3 and 6 inner steps."""
     record("prospr_memory", prospr_evidence.measure_memory())
+
+
+def dirichlet_planted() -> None:
+    """Dirichlet ranks of 32 units of which 8 are read: how many of these come first, 8 seeds."""
+    record("dirichlet_planted", dirichlet_evidence.planted())
+
+
+def dirichlet_digits() -> None:
+    """Dirichlet pruning of a VGG and a ResNet on the digits beside other rankings, 3 seeds."""
+    record("dirichlet_digits", dirichlet_evidence.measure())
 
 
 def masked_sgd_speed() -> None:
@@ -289,6 +300,8 @@ EXPERIMENTS: dict[str, Callable[[], None]] = {
         compaction,
         prospr_digits,
         prospr_memory,
+        dirichlet_planted,
+        dirichlet_digits,
         masked_sgd_speed,
         selection_scaling,
         selection_memory,

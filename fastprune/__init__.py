@@ -5,6 +5,7 @@ from .deploy import compact
 from .masks import MaskSet, num_kept
 from .methods import (
     Curve,
+    DirichletRanks,
     LayerCollapse,
     barrier,
     directional_scores,
@@ -22,6 +23,7 @@ from .methods import (
     shuffle_masks,
     uniform,
 )
+from .methods.dirichlet import dirichlet
 from .methods.grasp import grasp
 from .methods.prospr import prospr
 from .methods.snip import snip
@@ -38,12 +40,14 @@ from .tickets import mask_gradients, rewind
 
 __all__ = [
     "Curve",
+    "DirichletRanks",
     "LayerCollapse",
     "MaskSet",
     "barrier",
     "build_info",
     "compact",
     "directional_scores",
+    "dirichlet",
     "erk",
     "find_curve",
     "force",

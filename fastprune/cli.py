@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 from . import __version__
 from .ops import build_info
@@ -15,7 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command == "info":
         print(f"fastprune {__version__}\n{build_info()}")
     else:
-        run_demo(epochs=options.epochs, seed=options.seed)
+        run_demo(epochs=options.epochs, seed=options.seed, pictures=options.pictures)
     return 0
 
 
@@ -28,6 +29,9 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="train a small network, prune it, show what is left")
     demo.add_argument("--epochs", type=_positive, default=10, help="default: %(default)s")
     demo.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    demo.add_argument(
+        "--pictures", type=Path, metavar="FOLDER", help="write pictures of the channels there"
+    )
     commands.add_parser("info", help="which implementation serves each operator here")
     return parser
 

@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,10 +17,12 @@ def test_info_prints_the_build_info(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_demo_hands_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    given: dict[str, int] = {}
+    given: dict[str, Any] = {}
     monkeypatch.setattr(cli, "run_demo", lambda **options: given.update(options))
     assert cli.main(["demo", "--epochs", "3", "--seed", "7"]) == 0
-    assert given == {"epochs": 3, "seed": 7}
+    assert given == {"epochs": 3, "seed": 7, "pictures": None}
+    assert cli.main(["demo", "--pictures", "there"]) == 0
+    assert given == {"epochs": 10, "seed": 0, "pictures": Path("there")}
 
 
 @pytest.mark.parametrize(

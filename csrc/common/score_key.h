@@ -6,10 +6,13 @@
 
 #if defined(__CUDACC__)
 #define FASTPRUNE_INLINE __host__ __device__ __forceinline__
+#define FASTPRUNE_FORCED_INLINE FASTPRUNE_INLINE
 #define FASTPRUNE_UNROLLED _Pragma("unroll")
 #define FASTPRUNE_ROLLED _Pragma("unroll 1")  // loops of 64-bit divisions are long on a GPU
 #else
 #define FASTPRUNE_INLINE inline
+// For long functions: inside the kernel of an instruction set they are compiled for it.
+#define FASTPRUNE_FORCED_INLINE inline __attribute__((always_inline))
 #define FASTPRUNE_UNROLLED
 #define FASTPRUNE_ROLLED
 #endif

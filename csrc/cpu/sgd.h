@@ -2,10 +2,10 @@
 #pragma once
 
 #include <algorithm>
-#include <type_traits>
 #include <vector>
 
 #include "common/sgd_tensors.h"
+#include "cpu/advanced.h"
 #include "cpu/key_tiles.h"
 #include "cpu/parallel.h"
 
@@ -40,14 +40,6 @@ inline void sgd_step(const SgdNumbers<Weight>& n, Weight gradient, Weight& weigh
   momentum = n.has_momentum ? fused_multiply_add(step, n.undamped, n.momentum * momentum) : step;
   const Weight direction = kNesterov ? fused_multiply_add(momentum, n.momentum, step) : momentum;
   weight = fused_multiply_add(direction, n.minus_lr, weight);
-}
-
-// A pointer some elements further on; null stays null.
-template <typename Pointer>
-Pointer* advanced(Pointer* pointer, DType dtype, int64_t elements) {
-  using Byte = std::conditional_t<std::is_const_v<Pointer>, const char, char>;
-  const int64_t size = dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
-  return pointer == nullptr ? nullptr : static_cast<Byte*>(pointer) + elements * size;
 }
 
 struct SgdWork {

@@ -1,9 +1,11 @@
-"""Methods that are functions: they score or rank weights and return masks.
+"""Methods that are functions: they score weights and return masks, or rank channels.
 
-Functions named like their module (`prospr`, `snip`, `grasp`, `synflow`) are exported one level up.
+Functions named like their module (`prospr`, `snip`, `grasp`, `synflow`, `dirichlet`) are exported
+one level up.
 """
 
 from .baselines import magnitude
+from .dirichlet_ranks import DirichletRanks
 from .distributions import erk, uniform
 from .noise import random
 from .sanity import reinitialize, shuffle_masks
@@ -14,6 +16,7 @@ from .valley import Curve, barrier, directional_scores, find_curve, losses_along
 
 __all__ = [
     "Curve",
+    "DirichletRanks",
     "LayerCollapse",
     "barrier",
     "directional_scores",

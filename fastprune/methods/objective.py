@@ -63,7 +63,7 @@ class Objective:
         loss_fn: LossFn | None,
         forward: Forward | None = None,
     ) -> None:
-        self._call = _Call(model, loss_fn, forward)
+        self._call = Call(model, loss_fn, forward)
         self._source = _checked_iterator(batches)
         self._batches: list[Any] = []
         self._buffers = dict(model.named_buffers())
@@ -88,7 +88,7 @@ class Objective:
 
     def gradient(self, point: Tensors, step: int) -> Tensors:
         leaves = _leaves(point)
-        loss = _checked_loss(self.loss(leaves, step))
+        loss = checked_loss(self.loss(leaves, step))
         gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
         return dict(zip(point, gradients, strict=True))
 
@@ -97,7 +97,7 @@ class Objective:
         leaves = _leaves(point)
         inputs = list(leaves.values())
         with sdpa_kernel(SDPBackend.MATH):
-            loss = _checked_loss(self.loss(leaves, step))
+            loss = checked_loss(self.loss(leaves, step))
             try:
                 gradients = torch.autograd.grad(
                     loss, inputs, create_graph=True, materialize_grads=True
@@ -148,7 +148,7 @@ class Objective:
             module.set_rng_state(state, device)
 
 
-class _Call(nn.Module):
+class Call(nn.Module):
     """From a batch to the loss, as one module: functional_call replaces what is inside."""
 
     def __init__(self, model: nn.Module, loss_fn: LossFn | None, forward: Forward | None) -> None:
@@ -161,7 +161,7 @@ class _Call(nn.Module):
         self.model = model
         self._loss_fn = loss_fn
         self._forward = forward
-        self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
 
     def forward(self, batch: Any) -> Any:
         if self._forward is not None:
@@ -172,7 +172,7 @@ class _Call(nn.Module):
                 "batches must hold pairs (input, target), or anything with forward=, got "
                 f"{type(batch).__name__}; for a single batch pass [(input, target)]"
             )
-        inputs, target = (x.to(self._device) if isinstance(x, Tensor) else x for x in batch)
+        inputs, target = (x.to(self.device) if isinstance(x, Tensor) else x for x in batch)
         return self._loss_fn(self.model(inputs), target)
 
 
@@ -190,7 +190,7 @@ def _wide(parameter: Tensor) -> Tensor:
     return value if value.dtype == torch.float64 else value.float()
 
 
-def _checked_loss(loss: Any) -> Tensor:
+def checked_loss(loss: Any) -> Tensor:
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise TypeError(f"the loss must be a tensor of one element, got {got}")

@@ -1,7 +1,9 @@
-"""Loads the native operator libraries that were built, and tells what serves each operator."""
+"""Loads the native libraries that were built, registers Triton, tells what serves each operator."""
 
 import importlib
+import importlib.util
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ from .schemas import NAMESPACE, SCHEMAS, WINNERS
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 REFERENCE = "reference"
+TRITON = "Triton"
 
 
 def _load_library(name: str) -> bool:
@@ -42,8 +45,27 @@ def _host_module() -> Any | None:
         return None
 
 
+def _register_triton() -> None:
+    """The operators that Triton serves on a GPU; it is imported by the first that is called."""
+    gpu = torch.version.cuda is not None or torch.version.hip is not None
+    if not gpu or importlib.util.find_spec("triton") is None:
+        return
+    for name, winners in WINNERS.items():
+        if winners["CUDA"] == TRITON:
+            torch.library.impl(f"{NAMESPACE}::{name}", "CUDA", _triton_function(name))
+
+
+def _triton_function(name: str) -> Callable[..., Any]:
+    def call(*arguments: Any) -> Any:
+        kernels = importlib.import_module(f"{__package__}.triton_kernels")
+        return getattr(kernels, name)(*arguments)
+
+    return call
+
+
 HAS_CPU_LIBRARY = _load_library("_cpu")
 HAS_CUDA_LIBRARY = torch.version.cuda is not None and _load_library("_cuda")
+_register_triton()
 
 
 def implementation(operator: str, device: str) -> str:

@@ -4,6 +4,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from time import perf_counter
 
@@ -16,6 +17,8 @@ from ..methods.baselines import Scope
 from ..ops import build_info, global_topk
 from .console import arrow, bar, print_table
 from .data import Digits, load_digits
+from .dirichlet_demo import EPOCHS as DIRICHLET_EPOCHS
+from .dirichlet_demo import DirichletResult, print_dirichlet, prune_by_dirichlet
 from .gsm_demo import EPOCHS, GsmRow, print_gsm, prune_by_gsm
 from .loop import accuracy, train
 from .prospr_demo import EPOCHS as INITIAL_EPOCHS
@@ -62,6 +65,7 @@ class DemoResult:
     selection: SelectionTime
     gsm: list[GsmRow]
     sdprun: SdprunResult
+    dirichlet: DirichletResult
     initial: list[InitialRow]
 
 
@@ -95,20 +99,26 @@ def run_demo(
     epochs: int = 10,
     gsm_epochs: int = EPOCHS,
     sdprun_epochs: int = SDPRUN_EPOCHS,
+    dirichlet_epochs: int = DIRICHLET_EPOCHS,
     initial_epochs: int = INITIAL_EPOCHS,
     seed: int = 0,
     shapes: list[tuple[int, int]] = TIMED_SHAPES,
+    pictures: Path | None = None,
 ) -> DemoResult:
-    """Trains, prunes, prints; the same seed gives the same masks and accuracies on a machine."""
+    """Trains, prunes, prints; the same seed gives the same masks and accuracies on a machine.
+
+    Pictures are written only into a folder that is given.
+    """
     digits = load_digits(seed)
     model = train_dense(digits, epochs, seed)
     dense_accuracy = accuracy(model, digits.test_images, digits.test_labels)
     rows = prune_all(model, digits)
     gsm = prune_by_gsm(model, digits, gsm_epochs, seed)
     sdprun = prune_by_sdprun(new_network(seed), dense_accuracy, digits, sdprun_epochs, seed)
+    dirichlet = prune_by_dirichlet(model, digits, dirichlet_epochs, seed, pictures)
     initial = prune_at_start(lambda: new_network(seed), digits, initial_epochs, seed)
     selection = time_selection(shapes, seed)
-    result = DemoResult(dense_accuracy, rows, selection, gsm, sdprun, initial)
+    result = DemoResult(dense_accuracy, rows, selection, gsm, sdprun, dirichlet, initial)
     print_result(result)
     return result
 
@@ -194,6 +204,7 @@ def print_result(result: DemoResult) -> None:
         "a faster network. Whole channels of zeros can be removed:"
     )
     print_sdprun(result.sdprun)
+    print_dirichlet(result.dirichlet)
     _print_selection(result.selection)
     print(f"\n{build_info()}")
 

@@ -63,7 +63,7 @@ def prune_by_sdprun(
         accuracy(model, digits.test_images, digits.test_labels),
         accuracy(small, digits.test_images, digits.test_labels),
         (_file_size(model), _file_size(small)),
-        _milliseconds(model, small, digits.test_images[:TIMED_IMAGES]),
+        milliseconds(model, small, digits.test_images[:TIMED_IMAGES]),
     )
 
 
@@ -79,7 +79,7 @@ def _file_size(model: nn.Module) -> int:
 
 
 @torch.no_grad()
-def _milliseconds(
+def milliseconds(
     model: nn.Module, small: nn.Module, images: Tensor, repeats: int = 21
 ) -> tuple[float, float]:
     times = [[_seconds(lambda m=m: m(images)) for m in (model, small)] for _ in range(repeats)]  # type: ignore[misc]

@@ -75,6 +75,12 @@ KERNELS = [
     ),
     Kernel(ROOT / "csrc/cuda/gsm.cu", HERE / "gsm_driver.cpp", daily=False),
     Kernel(ROOT / "csrc/cuda/masked_sgd.cu", HERE / "masked_sgd_driver.cpp", daily=False),
+    Kernel(
+        ROOT / "csrc/cuda/dirichlet.cu",
+        HERE / "dirichlet_driver.cpp",
+        also=(ROOT / "csrc/cpu/dirichlet.cpp",),
+        daily=False,
+    ),
     *(
         Kernel(
             source,

@@ -16,9 +16,9 @@ from .networks import network
 WORLD = 2
 
 
-def share(rank: int) -> tuple[nn.Module, Any, Any]:
+def share(rank: int, name: str = "cnn") -> tuple[nn.Module, Any, Any]:
     """The same weights in each process, other data."""
-    model, batches, loss_fn = network("cnn", torch.float32, num_batches=4 * WORLD)
+    model, batches, loss_fn = network(name, torch.float32, num_batches=4 * WORLD)
     return model, batches[4 * rank : 4 * (rank + 1)], loss_fn
 
 
@@ -37,6 +37,7 @@ def found(mesh: Any, folder: Path) -> dict[str, Any]:
         "force": fp.force(model, batches, loss_fn, 0.7, rounds=3),
         "grasp": fp.grasp(model, batches, loss_fn, 0.7, **kept),
         "random": fp.random(model, 0.7),
+        "dirichlet": fp.dirichlet(*share(rank, "resnet20"), kl_weight=0.01).concentration,
     }
     return {name: dict(value) for name, value in results.items()}
 
@@ -70,3 +71,17 @@ def test_scores_are_the_mean(results: list[dict[str, Any]]) -> None:
     for name, score in results[0]["scores"].items():
         mean = (both[0][name] + both[1][name]) / 2
         assert torch.allclose(score, mean, rtol=1e-3, atol=1e-3 * float(mean.abs().max()))
+
+
+def test_the_posterior_is_that_of_all_data(results: list[dict[str, Any]]) -> None:
+    model, first, loss_fn = share(0, "resnet20")
+    _, second, _ = share(1, "resnet20")
+    both = [
+        (torch.cat([a[0], b[0]]), torch.cat([a[1], b[1]]))
+        for a, b in zip(first, second, strict=True)
+    ]
+    expected = fp.dirichlet(model, both, loss_fn, kl_weight=0.01).concentration
+    alone = fp.dirichlet(model, first, loss_fn, kl_weight=0.01).concentration
+    for name, phi in results[0]["dirichlet"].items():
+        assert torch.allclose(phi, expected[name], rtol=1e-4)
+        assert not torch.allclose(phi, alone[name], rtol=1e-4)

@@ -3,6 +3,7 @@
 import builtins
 import contextlib
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 
 from fastprune.masks import num_kept
 from fastprune.optim.decay import passive_residual
-from fastprune.train import accuracy, gsm_demo, load_digits, train
+from fastprune.train import accuracy, dirichlet_demo, gsm_demo, load_digits, train
 from fastprune.train.console import arrow, bar
 from fastprune.train.demo import METHODS, SPARSITIES, DemoResult, digits_cnn, run_demo
 
@@ -19,6 +20,7 @@ SHORT: dict[str, Any] = {
     "epochs": 2,
     "gsm_epochs": 2,
     "sdprun_epochs": 15,
+    "dirichlet_epochs": 3,
     "initial_epochs": 3,
     "seed": 3,
     "shapes": [(64, 64)],
@@ -75,6 +77,30 @@ def test_sdprun_removes_channels_and_nothing_else(printed: tuple[DemoResult, str
     assert f"{found.parameters[1]:,}" in out and "conv3" in out
 
 
+def test_dirichlet_pruning_and_its_table(printed: tuple[DemoResult, str]) -> None:
+    result, out = printed
+    found = result.dirichlet
+    before, after = zip(*found.channels.values(), strict=True)
+    assert list(found.channels) == ["conv1", "conv2", "conv3"] and before == (16, 32, 64)
+    assert found.parameters == (25_978, parameters_of(*after))
+    assert 0.38 < found.parameters[1] / 25_978 <= 0.4
+    assert found.dense_accuracy == result.dense_accuracy
+    assert found.accuracy > 0.9 > found.pruned_accuracy
+    shown = f" {arrow()} ".join(
+        f"{x:.1%}" for x in (found.dense_accuracy, found.pruned_accuracy, found.accuracy)
+    )
+    assert shown in out and f"{found.parameters[1]:,}" in out
+
+
+def test_pictures_of_the_ranked_channels(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    digits, folder = load_digits(0), tmp_path / "a" / "b"
+    dirichlet_demo.prune_by_dirichlet(digits_cnn(), digits, 1, 0, folder)
+    names = ["dirichlet_feature_maps.png", "dirichlet_posterior.png"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in folder.iterdir())
+
+
 def test_pruned_before_training(printed: tuple[DemoResult, str]) -> None:
     result, out = printed
     assert [row.method for row in result.initial] == ["ProsPr", "SNIP", "random"]
@@ -103,6 +129,8 @@ def test_the_same_seed_gives_the_same_rows(result: DemoResult) -> None:
     assert again.dense_accuracy == result.dense_accuracy
     assert again.gsm == result.gsm
     assert again.initial == result.initial
+    assert again.dirichlet.channels == result.dirichlet.channels
+    assert again.dirichlet.accuracy == result.dirichlet.accuracy
     assert again.sdprun.channels == result.sdprun.channels
     assert again.sdprun.accuracy == result.sdprun.accuracy
     for row, same in zip(result.rows, again.rows, strict=True):

@@ -25,7 +25,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastprune.ops.triton_kernels import sdprun, select
+from fastprune.ops.triton_kernels import sdprun, select, switch
 
 TABLE = Path(__file__).with_name("triton_resources.json")
 ARCHITECTURES = (80, 90, 100)
@@ -160,7 +160,45 @@ def _sdprun_cases() -> list[Case]:
     ]
 
 
-CASES: list[Case] = [*_select_cases(), *_sdprun_cases()]
+def _switch_cases() -> list[Case]:
+    """Of images and of short planes; wide and narrow channels-last."""
+    tiles: list[tuple[Any, Types, list[tuple[int, Constants]]]] = [
+        (
+            switch._rows_kernel,
+            dict.fromkeys(("num_rows", "num_scales", "width"), "i32"),
+            [(width, {}) for width in (switch.TILE, 64)],
+        ),
+        (
+            switch._columns_kernel,
+            dict.fromkeys(("num_rows", "width"), "i32"),
+            [(width, {"STEPS": switch.STEPS}) for width in (switch.WIDEST, 64)],
+        ),
+    ]
+    return [
+        Case(
+            kernel,
+            f"{dtype}, {width} wide{', backward' if backward else ''}",
+            {
+                **dict.fromkeys(("source", "input", "result"), f"*{dtype}"),
+                **dict.fromkeys(("scale", "sums"), "*fp64" if dtype == "fp64" else "*fp32"),
+                **sizes,
+            },
+            {
+                **steps,
+                "ROWS": switch.TILE // width,
+                "WIDTH": width,
+                "BACKWARD": backward,
+            },
+            switch.OPTIONS,
+        )
+        for kernel, sizes, shapes in tiles
+        for width, steps in shapes
+        for dtype in (storage.name for storage in select.STORAGE.values())
+        for backward in (False, True)
+    ]
+
+
+CASES: list[Case] = [*_select_cases(), *_sdprun_cases(), *_switch_cases()]
 
 
 def compile_case(case: Case, architecture: int) -> Any:
