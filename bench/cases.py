@@ -2,12 +2,12 @@
 
 from fnmatch import fnmatchcase
 
-from . import gsm_cases, masked_sgd_cases, sdprun_cases, select_cases
+from . import aswl_cases, gsm_cases, masked_sgd_cases, sdprun_cases, select_cases
 from .case import Case
 
 
 def all_cases() -> dict[str, Case]:
-    modules = (select_cases, gsm_cases, sdprun_cases, masked_sgd_cases)
+    modules = (select_cases, gsm_cases, sdprun_cases, masked_sgd_cases, aswl_cases)
     definitions = [module.definitions() for module in modules]
     return {case.name: case for cases in definitions for case in cases}
 

@@ -1,5 +1,5 @@
 """Pictures and tables of what a method did."""
 
-from .pictures import plot_losses
+from .pictures import plot_losses, plot_sparsities
 
-__all__ = ["plot_losses"]
+__all__ = ["plot_losses", "plot_sparsities"]

@@ -1,11 +1,13 @@
 """The specification: every operator in plain PyTorch, under the operator's own name."""
 
+from .aswl import aswl_step_
 from .gsm import gsm_step_, gsm_update_
 from .masked_sgd import masked_sgd_
 from .sdprun import sdprun_guard_, sdprun_threshold_, sdprun_update_
 from .select import block_scores, select_masks, select_threshold
 
 __all__ = [
+    "aswl_step_",
     "block_scores",
     "gsm_step_",
     "gsm_update_",
