@@ -2,7 +2,15 @@
 
 from fnmatch import fnmatchcase
 
-from . import dirichlet_cases, gsm_cases, masked_sgd_cases, sdprun_cases, select_cases, switch_cases
+from . import (
+    aswl_cases,
+    dirichlet_cases,
+    gsm_cases,
+    masked_sgd_cases,
+    sdprun_cases,
+    select_cases,
+    switch_cases,
+)
 from .case import Case
 
 
@@ -12,6 +20,7 @@ def all_cases() -> dict[str, Case]:
         gsm_cases,
         sdprun_cases,
         masked_sgd_cases,
+        aswl_cases,
         dirichlet_cases,
         switch_cases,
     )

@@ -17,6 +17,7 @@ import torch
 import fastprune as fp
 
 from . import (
+    aswl_evidence,
     cases,
     compact_evidence,
     dirichlet_evidence,
@@ -112,6 +113,18 @@ def dirichlet_planted() -> None:
 def dirichlet_digits() -> None:
     """Dirichlet pruning of a VGG and a ResNet on the digits beside other rankings, 3 seeds."""
     record("dirichlet_digits", dirichlet_evidence.measure())
+
+
+def aswl_teacher() -> None:
+    """ASWL, dense SGD and one-shot magnitude at 80%, 5 seeds: accuracy, and how near the target."""
+    picture = results.ROOT / "build" / "aswl_sparsities.png"
+    picture.parent.mkdir(exist_ok=True)
+    record("aswl_teacher", aswl_evidence.teacher(picture))
+
+
+def aswl_speed() -> None:
+    """The ASWL step beside torch's fused SGD and the method in eager PyTorch."""
+    measure_speed("aswl_step/*")
 
 
 def masked_sgd_speed() -> None:
@@ -302,6 +315,8 @@ EXPERIMENTS: dict[str, Callable[[], None]] = {
         prospr_memory,
         dirichlet_planted,
         dirichlet_digits,
+        aswl_teacher,
+        aswl_speed,
         masked_sgd_speed,
         selection_scaling,
         selection_memory,

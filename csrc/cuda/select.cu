@@ -75,6 +75,7 @@ __global__ void __launch_bounds__(kThreads, kSelectBlocksPerMultiprocessor)
   } else {
     int32_t flags = 0;
     walk_chunks(selection.table, [&](const WalkEntry& entry, int64_t chunk) {
+      if (selection.is_known(entry.tensor.segment)) return;
       block.enter(entry.tensor.segment);
       count_chunk(entry, chunk, block.counter, flags);
     });
@@ -212,23 +213,6 @@ __global__ void __launch_bounds__(kThreads, 1) finish_selection(Selection<Key> s
 
 // ---------------------------------------------------------------- launches
 
-// Hands out the parts of one allocation; without one it only measures.
-class Scratch {
- public:
-  explicit Scratch(void* memory) : memory_(static_cast<char*>(memory)) {}
-  template <typename T>
-  T* take(int64_t count) {
-    T* part = memory_ == nullptr ? nullptr : reinterpret_cast<T*>(memory_ + bytes_);
-    bytes_ += (count * sizeof(T) + 15) / 16 * 16;
-    return part;
-  }
-  size_t bytes() const { return bytes_; }
-
- private:
-  char* memory_;
-  size_t bytes_ = 0;
-};
-
 template <typename Key>
 struct Plan {
   std::vector<WalkEntry> entries;
@@ -242,7 +226,7 @@ struct Plan {
     const int64_t num_chunks = total_chunks<Key>(entries);
     for (const TensorEntry& tensor : tensors) selection.numel += tensor.numel;
     selection.segmented = segmented;
-    selection.num_segments = segmented ? tensors.size() : 1;
+    selection.num_segments = !segmented ? 1 : tensors.empty() ? 0 : tensors.back().segment + 1;
     selection.sample = sample_plan(segmented ? 0 : selection.numel);
     selection.max_candidates = candidates_of(selection.sample, selection.numel);
     Scratch scratch(memory);
@@ -289,12 +273,13 @@ size_t select_threshold_scratch(const std::vector<TensorEntry>& tensors, bool se
 
 void select_threshold(const std::vector<TensorEntry>& tensors, bool segmented, ScoreKind kind,
                       const int64_t* num_kept, const SelectionResult& result, void* scratch,
-                      int max_blocks, Stream stream) {
+                      int max_blocks, Stream stream, const void* known) {
   with_key_and_kind(has_double(tensors), kind, [&](auto key, auto kind_constant) {
     using Key = decltype(key);
     Plan<Key> plan(tensors, segmented, scratch);
     plan.selection.num_kept = num_kept;
     plan.selection.result = result;
+    plan.selection.known = static_cast<const SegmentState<Key>*>(known);
     run_selection<decltype(kind_constant)::value>(plan, scratch, max_blocks, stream);
   });
 }

@@ -19,12 +19,21 @@ struct SelectionResult {
   int32_t* non_finite;
 };
 
-// One segment is the whole list, or, when `segmented`, each tensor is one. `num_kept` has a count
-// per segment and is clamped to its size. `scratch` is aligned to 16 bytes.
+template <typename Key>
+struct SegmentState {
+  Key prefix;       // the digits of the threshold found so far, the others zero
+  int64_t residue;  // how many of the elements with this prefix are kept
+  int64_t count;    // how many there are
+};
+
+// One segment is the whole list, or, when `segmented`, neighbours of the same segment number are
+// one, from 0 on. `num_kept` has a count per segment and is clamped to its size. `known` is null or
+// has a SegmentState of the tensors' keys per segment: where its count is not 0, its prefix is the
+// threshold, and at most the positions of ties are looked for. `scratch` is aligned to 16 bytes.
 size_t select_threshold_scratch(const std::vector<TensorEntry>& tensors, bool segmented);
 void select_threshold(const std::vector<TensorEntry>& tensors, bool segmented, ScoreKind kind,
                       const int64_t* num_kept, const SelectionResult& result, void* scratch,
-                      int max_blocks, Stream stream);
+                      int max_blocks, Stream stream, const void* known = nullptr);
 
 // masks[i] has the memory order of tensors[i]. threshold and tie_end have one number per segment.
 size_t select_masks_scratch(const std::vector<TensorEntry>& tensors);

@@ -59,7 +59,6 @@ __global__ void __launch_bounds__(kThreads) sample_keys(Selection<Key> selection
 // ---------------------------------------------------------------- the bracket
 
 constexpr int kPickThreads = 1024;
-constexpr int kPickLoads = 8;  // in flight: one block has to read the sample by itself
 
 constexpr float kSampleDeviations = 3.5f;
 constexpr float kRankSlack = 4;  // a normal distribution has too short a tail where few are above
@@ -69,37 +68,6 @@ __device__ int64_t rank_of_end(int64_t sample_size, float fraction_above, bool i
   const float middle = static_cast<float>(sample_size) * fraction_above;
   const float margin = kSampleDeviations * sqrtf(middle * (1 - fraction_above)) + kRankSlack;
   return static_cast<int64_t>(is_low ? ceilf(middle + margin) : floorf(middle - margin));
-}
-
-template <ScoreKind kKind, typename Key>
-__device__ Key sampled_key(const Selection<Key>& selection, int64_t rank, uint32_t* bins,
-                           RankScratch<kPickThreads>& scratch) {
-  constexpr int kBits = KeyOrder<kKind, Key>::kBits;
-  const int64_t size = selection.sample.size;
-  Key prefix = 0;
-  FASTPRUNE_ROLLED
-  for (int index = 0; index < num_digits(kBits); ++index) {
-    DigitCounter<kKind, Key> counter{bins, digit_of<Key>(index, kBits), prefix, 0};
-    counter.clear();
-    FASTPRUNE_ROLLED
-    for (int64_t first = threadIdx.x; first < size; first += kPickLoads * kPickThreads) {
-      Key keys[kPickLoads];
-      FASTPRUNE_UNROLLED
-      for (int n = 0; n < kPickLoads; ++n) {
-        keys[n] = selection.candidates[min(first + n * kPickThreads, size - 1)];
-      }
-      FASTPRUNE_UNROLLED
-      for (int n = 0; n < kPickLoads; ++n) {
-        if (first + n * kPickThreads < size) counter.count(keys[n]);
-      }
-    }
-    counter.complete();
-    const Found found = find_rank(
-        kBins, rank, scratch, [&](int64_t i) { return static_cast<int64_t>(bins[kBins - 1 - i]); });
-    prefix |= static_cast<Key>(kBins - 1 - found.item) << counter.digit.shift;
-    rank = found.rank;
-  }
-  return prefix;
 }
 
 // A block for each end. Keeping nothing has a threshold of NaN, the largest key there is.
@@ -116,7 +84,10 @@ __global__ void __launch_bounds__(kPickThreads, 1) pick_bracket(Selection<Key> s
     const float fraction_above = static_cast<float>(kept - 1) / static_cast<float>(selection.numel);
     const int64_t rank = rank_of_end(selection.sample.size, fraction_above, is_low);
     const bool is_bounded = rank >= 0 && rank < selection.sample.size;
-    if (is_bounded) key = sampled_key<kKind>(selection, rank, bins, scratch);
+    if (is_bounded) {
+      key = key_of_rank<kKind>(selection.candidates, selection.sample.size, rank, bins, scratch)
+                .prefix;
+    }
   }
   if (threadIdx.x == 0) (is_low ? selection.bracket->low : selection.bracket->high) = key;
 }

@@ -105,13 +105,6 @@ __device__ Found find_rank(int64_t num_items, int64_t rank, RankScratch<kThreads
 
 // ---------------------------------------------------------------- a selection
 
-template <typename Key>
-struct SegmentState {
-  Key prefix;       // the digits of the threshold found so far, the others zero
-  int64_t residue;  // how many of the elements with this prefix are kept
-  int64_t count;    // how many there are
-};
-
 // Both ends are keys that were sampled, or no bound at all.
 template <typename Key>
 struct Bracket {
@@ -147,6 +140,39 @@ struct SamplePlan {
   int64_t stride;
 };
 
+// The rank-th largest of keys (from 0), found by one block; all threads take part and get it.
+// `bins` has room for kBins and may be used again behind a barrier.
+template <ScoreKind kKind, typename Key, int kThreads>
+__device__ SegmentState<Key> key_of_rank(const Key* keys, int64_t size, int64_t rank,
+                                         uint32_t* bins, RankScratch<kThreads>& scratch) {
+  constexpr int kBits = KeyOrder<kKind, Key>::kBits;
+  constexpr int kLoads = 8;  // in flight: one block has to read all by itself
+  Key prefix = 0;
+  int64_t last_bin = 0;
+  FASTPRUNE_ROLLED
+  for (int index = 0; index < num_digits(kBits); ++index) {
+    DigitCounter<kKind, Key> counter{bins, digit_of<Key>(index, kBits), prefix, 0};
+    counter.clear();
+    FASTPRUNE_ROLLED
+    for (int64_t first = threadIdx.x; first < size; first += kLoads * kThreads) {
+      Key loaded[kLoads];
+      FASTPRUNE_UNROLLED
+      for (int n = 0; n < kLoads; ++n) loaded[n] = keys[min(first + n * kThreads, size - 1)];
+      FASTPRUNE_UNROLLED
+      for (int n = 0; n < kLoads; ++n) {
+        if (first + n * kThreads < size) counter.count(loaded[n]);
+      }
+    }
+    counter.complete();
+    const Found found = find_rank(
+        kBins, rank, scratch, [&](int64_t i) { return static_cast<int64_t>(bins[kBins - 1 - i]); });
+    last_bin = kBins - 1 - found.item;
+    prefix |= static_cast<Key>(last_bin) << counter.digit.shift;
+    rank = found.rank;
+  }
+  return {prefix, rank + 1, static_cast<int64_t>(bins[last_bin])};
+}
+
 // All that the kernels share. A segment is a selection of its own.
 template <typename Key>
 struct Selection {
@@ -164,6 +190,7 @@ struct Selection {
   uint32_t* ties_of_chunk;
 
   SegmentState<Key>* states;
+  const SegmentState<Key>* known;  // null: nothing
 
   SamplePlan sample;
   Bracket<Key>* bracket;
@@ -171,12 +198,27 @@ struct Selection {
   uint32_t* places;  // in memory, of each candidate: its chunk, and where in it
   int64_t max_candidates;
 
+  // How many entries come before a segment.
+  __device__ int32_t first_entry(int64_t segment) const {
+    int32_t low = 0;
+    int32_t high = table.num_entries;
+    while (low < high) {
+      const int32_t middle = low + (high - low) / 2;
+      const bool before = table.entries[middle].tensor.segment < segment;
+      low = before ? middle + 1 : low;
+      high = before ? high : middle;
+    }
+    return low;
+  }
   __device__ int64_t segment_size(int64_t segment) const {
-    return segmented ? table.entries[segment].tensor.numel : numel;
+    if (!segmented) return numel;
+    const TensorEntry& last = table.entries[first_entry(segment + 1) - 1].tensor;
+    return last.first_position + last.numel;
   }
   __device__ int64_t first_chunk(int64_t segment) const {
     if (!segmented || segment == 0) return 0;
-    return segment == num_segments ? table.num_chunks : table.entries[segment].first_chunk;
+    return segment == num_segments ? table.num_chunks
+                                   : table.entries[first_entry(segment)].first_chunk;
   }
   __device__ int64_t end_chunk(int64_t segment) const {
     return segmented ? first_chunk(segment + 1) : table.num_chunks;
@@ -184,11 +226,15 @@ struct Selection {
   __device__ int64_t kept(int64_t segment) const {
     return min(max(num_kept[segment], int64_t{0}), segment_size(segment));
   }
+  __device__ bool is_known(int64_t segment) const {
+    return known != nullptr && known[segment].count != 0;
+  }
   // Known after the pass that collects: each launch decides for itself, and alike.
   __device__ Source source() const {
     return sample.size == 0 ? Source::kTensors : start_of(0).source;
   }
   __device__ Start<Key> start_of(int64_t segment) const {
+    if (is_known(segment)) return {Source::kNone, known[segment]};
     const int64_t num_kept = kept(segment);
     const Start<Key> anew{Source::kTensors, {0, num_kept, segment_size(segment)}};
     if (sample.size == 0) return anew;

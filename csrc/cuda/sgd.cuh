@@ -125,8 +125,8 @@ __device__ __forceinline__ void visit_lanes(const SgdChunk<Weight, Gradient>& da
 }
 
 // Calls use(a value of the gradient's type).
-template <typename Weight, typename Use>
-__device__ __forceinline__ void with_gradient_of(const SgdTensor& tensor, Use use) {
+template <typename Weight, typename Tensor, typename Use>
+__device__ __forceinline__ void with_gradient_of(const Tensor& tensor, Use use) {
   if constexpr (sizeof(Weight) == sizeof(double)) {
     use(double{});
   } else if (tensor.gradient_dtype == DType::kFloat32) {

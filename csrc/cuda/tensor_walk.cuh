@@ -51,6 +51,23 @@ void upload_table(const std::vector<Entry>& entries, Entry* table, Stream stream
   }
 }
 
+// Hands out the parts of one allocation; without one it only measures.
+class Scratch {
+ public:
+  explicit Scratch(void* memory) : memory_(static_cast<char*>(memory)) {}
+  template <typename T>
+  T* take(int64_t count) {
+    T* part = memory_ == nullptr ? nullptr : reinterpret_cast<T*>(memory_ + bytes_);
+    bytes_ += (count * sizeof(T) + 15) / 16 * 16;
+    return part;
+  }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  char* memory_;
+  size_t bytes_ = 0;
+};
+
 // A table on the device, as kernels get it.
 template <typename Entry>
 struct Table {

@@ -56,6 +56,12 @@ SCHEMAS = {
         "Tensor[] masks, Tensor settings, int[] rows, Tensor? grad_scale=None, "
         "Tensor? found_inf=None) -> ()"
     ),
+    "aswl_step_": (
+        "(Tensor(a!)[] parameters, Tensor(b!)[] dense, Tensor(c!)[] momenta, Tensor(d!) attention, "
+        "Tensor(e!) tie_end, Tensor(f!) multiplier, Tensor[] gradients, Tensor settings, "
+        "int[] layers, int[] roles, bool keep_ties=False, Tensor? grad_scale=None, "
+        "Tensor? found_inf=None) -> ()"
+    ),
     "dirichlet_kl": (
         "(Tensor concentration, Tensor offsets, Tensor prior) -> (Tensor kl, Tensor gradient)"
     ),
@@ -81,6 +87,7 @@ WINNERS = {
     "sdprun_guard_": {"CPU": "C++", "CUDA": "CUDA C++"},
     "gsm_step_": {"CPU": "C++", "CUDA": "CUDA C++"},
     "masked_sgd_": {"CPU": "C++", "CUDA": "CUDA C++"},
+    "aswl_step_": {"CPU": "C++", "CUDA": "CUDA C++"},
     "dirichlet_kl": {"CPU": "C++", "CUDA": "CUDA C++"},
     "dirichlet_sample": {"CPU": "C++", "CUDA": "CUDA C++"},
     "dirichlet_sample_backward": {"CPU": "C++", "CUDA": "CUDA C++"},
@@ -165,6 +172,7 @@ FAKES: dict[str, Callable[..., Any]] = {
     "sdprun_guard_": _in_place_fake,
     "gsm_step_": _in_place_fake,
     "masked_sgd_": _in_place_fake,
+    "aswl_step_": _in_place_fake,
     "dirichlet_kl": _dirichlet_kl_fake,
     "dirichlet_sample": _dirichlet_sample_fake,
     "dirichlet_sample_backward": _dirichlet_sample_backward_fake,

@@ -2,9 +2,10 @@
 
 Given the same full gradients every number is that of a single process: counts are integers, and
 positions are those of the full parameters. One selection costs, for float32 scores, three
-all-reduces of 4,096 int64 counts and one all-gather of an int64 per parameter; float64 needs six
-all-reduces. It passes over the local shards once per all-reduce and twice for the ties, in plain
-tensor operations on pieces of bounded size; nothing is concatenated and no value is read back.
+all-reduces of 4,096 int64 counts a pool and one all-gather of an int64 per parameter; float64
+needs six all-reduces. It passes over the local shards once per all-reduce and twice for the ties,
+in plain tensor operations on pieces of bounded size; nothing is concatenated and no value is read
+back.
 """
 
 from collections.abc import Iterator, Sequence
@@ -104,8 +105,8 @@ def check_pool(pool: Sequence[tuple[str, Tensor]], block: tuple[int, int]) -> No
         first = first or (name, ranks)
         if ranks != first[1]:
             raise ValueError(
-                f"{name} is sharded over ranks {ranks} but {first[0]} over {first[1]}; GSM selects "
-                "over one mesh: shard all pruned parameters over it, or use two optimizers"
+                f"{name} is sharded over ranks {ranks} but {first[0]} over {first[1]}; weights "
+                "are chosen over one mesh: shard all pruned ones over it, or use two optimizers"
             )
         rows, outputs = parameter.shape[0], block[0]
         per_rank = -(-rows // len(ranks))
@@ -197,6 +198,26 @@ def select_sharded(
     process. The tie end is right for the local parts, where it is the first tie that is not kept:
     so it needs no further exchange.
     """
+    pools = [0] * len(values)
+    threshold, tie_end = select_pools_sharded(
+        values, gradients, num_kept[None], positions, shards, score, pools
+    )
+    return threshold[0], tie_end[0]
+
+
+def select_pools_sharded(
+    values: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    num_kept: Tensor,
+    positions: Sequence[int],
+    shards: Sequence[Shard],
+    score: str,
+    pools: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """`select_sharded` in several pools at once, each with its own count, by as many messages.
+
+    `pools` says which one a tensor belongs to; those of a pool are neighbours.
+    """
     group = next(s.group for s in shards if s.group is not None)
     rank = dist.get_rank(group)
     # What every process holds is counted by the first one.
@@ -204,41 +225,44 @@ def select_sharded(
     double = any(v.dtype == torch.float64 for v in values)
     nan_key = torch.iinfo(torch.int64 if double else torch.int32).max
 
+    def keys_of(i: int) -> Iterator[Tensor]:
+        return _pieces(values, gradients, i, score, double)
+
     key = torch.zeros_like(num_kept)
     remaining = num_kept.clamp(min=1)
     for shift, bits in _digits(nan_key.bit_length()):
-        counts = num_kept.new_zeros(2**DIGIT_BITS + 1)  # the last: keys that begin otherwise
+        # The last column: keys that begin otherwise.
+        counts = num_kept.new_zeros(len(num_kept), 2**DIGIT_BITS + 1)
         for i in counted:
-            for keys in _pieces(values, gradients, i, score):
+            for keys in keys_of(i):
                 digits = keys >> shift
-                inside = (digits >> bits) == key
+                inside = (digits >> bits) == key[pools[i]]
                 bins = torch.where(inside, digits & (2**bits - 1), 2**DIGIT_BITS)
-                counts.scatter_add_(0, bins, torch.ones_like(bins))
-        counts = counts[:-1].contiguous()
+                counts[pools[i]].scatter_add_(0, bins, torch.ones_like(bins))
+        counts = counts[:, :-1].contiguous()
         dist.all_reduce(counts, group=group)
         if shift + bits == nan_key.bit_length():  # a pool can be smaller than what is asked
-            total = counts.sum()
+            total = counts.sum(1)
             remaining = remaining.minimum(total)
-        at_least = counts.flip(0).cumsum(0).flip(0)
-        digit = ((at_least >= remaining).sum() - 1).clamp(min=0)
-        remaining = remaining - at_least.take(digit) + counts.take(digit)
-        key = (key << bits) | digit
+        at_least = counts.flip(1).cumsum(1).flip(1)
+        digit = ((at_least >= remaining[:, None]).sum(1, keepdim=True) - 1).clamp(min=0)
+        remaining = remaining - (at_least - counts).gather(1, digit)[:, 0]
+        key = (key << bits) | digit[:, 0]
     # Nothing exceeds NaN in this order, so keeping nothing is a threshold of NaN.
     nothing = (num_kept <= 0) | (total <= 0)
     key = torch.where(nothing, nan_key, key)
     num_ties = torch.where(nothing, 0, remaining)
     threshold = key.view(torch.float64) if double else key.to(torch.int32).view(torch.float32)
 
-    ties = [
-        torch.stack([(keys == key).sum() for keys in _pieces(values, gradients, i, score)])
-        for i in range(len(values))
-    ]
-    kept = num_ties - _ties_before(torch.stack([t.sum() for t in ties]), shards, group)
-    ends = [
-        _first_dropped(_pieces(values, gradients, i, score), key, ties[i], kept[i], positions[i])
-        for i in range(len(values))
-    ]
-    return threshold, torch.stack(ends).min()
+    ties = [torch.stack([(keys == key[pool]).sum() for keys in keys_of(i)])
+            for i, pool in enumerate(pools)]  # fmt: skip
+    before = _ties_before(torch.stack([t.sum() for t in ties]), shards, group, pools)
+    ends = torch.full_like(num_kept, BEHIND)
+    for i, pool in enumerate(pools):
+        kept = num_ties[pool] - before[i]
+        end = _first_dropped(keys_of(i), key[pool], ties[i], kept, positions[i])
+        ends[pool] = ends[pool].minimum(end)
+    return threshold, ends
 
 
 def _digits(bits: int) -> Iterator[tuple[int, int]]:
@@ -250,17 +274,18 @@ def _digits(bits: int) -> Iterator[tuple[int, int]]:
 
 
 def _pieces(
-    values: Sequence[Tensor], gradients: Sequence[Tensor], i: int, score: str
+    values: Sequence[Tensor], gradients: Sequence[Tensor], i: int, score: str, double: bool
 ) -> Iterator[Tensor]:
     """Order keys of one tensor in row-major order, a bounded number at a time."""
     pieces = values[i].detach().reshape(-1).split(PIECE)
     others = gradients[i].reshape(-1).split(PIECE) if gradients else [None] * len(pieces)
     for value, gradient in zip(pieces, others, strict=True):
-        yield order_keys(element_scores(value, gradient, score))
+        scores = element_scores(value, gradient, score)
+        yield order_keys(scores.double() if double else scores)
 
 
-def _ties_before(ties: Tensor, shards: Sequence[Shard], group: Any) -> Tensor:
-    """Ties of the pool before each local part; (parameter, rank) is the order of positions."""
+def _ties_before(ties: Tensor, shards: Sequence[Shard], group: Any, pools: Sequence[int]) -> Tensor:
+    """Ties of its pool before each local part; (parameter, rank) is the order of positions."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     mine = ties.clone()
     for i, shard in enumerate(shards):
@@ -271,7 +296,9 @@ def _ties_before(ties: Tensor, shards: Sequence[Shard], group: Any) -> Tensor:
     in_order = gathered.view(ranks, -1).t().reshape(-1)
     before = (in_order.cumsum(0) - in_order).view(-1, ranks)
     columns = [0 if shard.group is None else rank for shard in shards]
-    return torch.stack([row[column] for row, column in zip(before, columns, strict=True)])
+    found = torch.stack([row[column] for row, column in zip(before, columns, strict=True)])
+    starts = [pools.index(pool) for pool in pools]
+    return found - before[starts, 0]
 
 
 def _first_dropped(

@@ -15,6 +15,8 @@ from ..masks import MaskSet
 from ..methods import magnitude
 from ..methods.baselines import Scope
 from ..ops import build_info, global_topk
+from .aswl_demo import EPOCHS as ASWL_EPOCHS
+from .aswl_demo import AswlRow, print_aswl, prune_by_aswl
 from .console import arrow, bar, print_table
 from .data import Digits, load_digits
 from .dirichlet_demo import EPOCHS as DIRICHLET_EPOCHS
@@ -64,6 +66,7 @@ class DemoResult:
     rows: list[PrunedModel]
     selection: SelectionTime
     gsm: list[GsmRow]
+    aswl: list[AswlRow]
     sdprun: SdprunResult
     dirichlet: DirichletResult
     initial: list[InitialRow]
@@ -98,6 +101,7 @@ def run_demo(
     *,
     epochs: int = 10,
     gsm_epochs: int = EPOCHS,
+    aswl_epochs: int = ASWL_EPOCHS,
     sdprun_epochs: int = SDPRUN_EPOCHS,
     dirichlet_epochs: int = DIRICHLET_EPOCHS,
     initial_epochs: int = INITIAL_EPOCHS,
@@ -114,11 +118,12 @@ def run_demo(
     dense_accuracy = accuracy(model, digits.test_images, digits.test_labels)
     rows = prune_all(model, digits)
     gsm = prune_by_gsm(model, digits, gsm_epochs, seed)
+    aswl = prune_by_aswl(lambda: new_network(seed), digits, aswl_epochs, seed, pictures)
     sdprun = prune_by_sdprun(new_network(seed), dense_accuracy, digits, sdprun_epochs, seed)
     dirichlet = prune_by_dirichlet(model, digits, dirichlet_epochs, seed, pictures)
     initial = prune_at_start(lambda: new_network(seed), digits, initial_epochs, seed)
     selection = time_selection(shapes, seed)
-    result = DemoResult(dense_accuracy, rows, selection, gsm, sdprun, dirichlet, initial)
+    result = DemoResult(dense_accuracy, rows, selection, gsm, aswl, sdprun, dirichlet, initial)
     print_result(result)
     return result
 
@@ -197,6 +202,7 @@ def print_result(result: DemoResult) -> None:
         rows = [_cells(row, result.dense_accuracy) for row in result.rows if row.method == method]
         print_table(method, columns, rows)
     print_gsm(result.gsm)
+    print_aswl(result.aswl)
     print_initial(result.initial)
     print(
         "\nThese zeros are written, not removed: the file is as large and the network as\n"

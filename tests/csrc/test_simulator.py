@@ -55,6 +55,7 @@ SELECTION = [
     ROOT / f"csrc/cuda/{name}.cu"
     for name in ("select", "select_bracket", "select_masks", "block_scores")
 ]
+ASWL = [ROOT / f"csrc/cuda/aswl{part}.cu" for part in ("", "_attention")]
 KERNELS = [
     Kernel(HERE / "kernels/histogram.cu", HERE / "histogram_driver.cpp"),
     *(
@@ -89,6 +90,15 @@ KERNELS = [
             daily=False,
         )
         for source in SDPRUN
+    ),
+    *(
+        Kernel(
+            source,
+            HERE / "aswl_driver.cpp",
+            also=(*(other for other in ASWL if other != source), *SELECTION[:2]),
+            daily=False,
+        )
+        for source in ASWL
     ),
 ]
 MUTANTS = [

@@ -18,6 +18,8 @@ WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def bits(t: Tensor) -> Tensor:
     """Floats as integers: -0.0 differs from +0.0, and every NaN is one and the same."""
+    if not t.is_floating_point():
+        return t.detach()
     return t.detach().masked_fill(t.isnan(), torch.nan).contiguous().view(WORDS[t.itemsize])
 
 

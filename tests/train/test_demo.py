@@ -19,6 +19,7 @@ from fastprune.train.demo import METHODS, SPARSITIES, DemoResult, digits_cnn, ru
 SHORT: dict[str, Any] = {
     "epochs": 2,
     "gsm_epochs": 2,
+    "aswl_epochs": 6,
     "sdprun_epochs": 15,
     "dirichlet_epochs": 3,
     "initial_epochs": 3,
@@ -63,6 +64,16 @@ def test_gsm_rows_have_their_exact_count_and_are_printed(
         assert row.num_kept == num_kept(row.asked, 25_744) and f"{row.num_kept:,}" in out
         assert f"GSM, {row.asked:.1%} zeros: 2 epochs" in out
         assert row.dense == result.dense_accuracy
+
+
+def test_aswl_and_magnitude_share_the_same_zeros(printed: tuple[DemoResult, str]) -> None:
+    result, out = printed
+    assert [r.method for r in result.aswl] == ["ASWL", "global magnitude", "uniform magnitude"]
+    assert [r.masks.num_kept for r in result.aswl[:2]] == [num_kept(0.9, 25_744)] * 2
+    assert result.aswl[0].accuracy > result.aswl[2].accuracy
+    assert all(f"{r.accuracy:.1%}" in out for r in result.aswl)
+    shares = [layer.sparsity for layer in result.aswl[0].masks.layers.values()]
+    assert max(shares) - min(shares) > 0.1
 
 
 def test_sdprun_removes_channels_and_nothing_else(printed: tuple[DemoResult, str]) -> None:

@@ -1,5 +1,6 @@
 """The specification: every operator in plain PyTorch, under the operator's own name."""
 
+from .aswl import aswl_step_
 from .dirichlet import dirichlet_kl, dirichlet_sample, dirichlet_sample_backward
 from .gsm import gsm_step_, gsm_update_
 from .masked_sgd import masked_sgd_
@@ -8,6 +9,7 @@ from .select import block_scores, select_masks, select_threshold
 from .switch import channel_switch, channel_switch_backward
 
 __all__ = [
+    "aswl_step_",
     "block_scores",
     "channel_switch",
     "channel_switch_backward",

@@ -1,0 +1,110 @@
+"""The part of the demonstration in which layers learn their own sparsities: ASWL."""
+
+import copy
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from ..masks import MaskSet
+from ..methods import magnitude
+from ..optim import ASWL
+from ..reporting import plot_sparsities
+from .console import bar, print_table
+from .data import Digits
+from .loop import accuracy, train
+
+SPARSITY = 0.9
+EPOCHS = 20
+BATCH = 64
+LR = 0.05
+DENSITY_WEIGHT = 100.0  # so that the total is reached in some hundred steps
+
+
+@dataclass(frozen=True)
+class AswlRow:
+    """One way to share the zeros between the layers."""
+
+    method: str
+    masks: MaskSet
+    accuracy: float
+
+
+def prune_by_aswl(
+    new_network: Callable[[], nn.Module],
+    digits: Digits,
+    epochs: int,
+    seed: int,
+    pictures: Path | None = None,
+) -> list[AswlRow]:
+    """ASWL, and magnitude after a dense training of the same length, all from the same start."""
+    steps = epochs * -(-len(digits.train_labels) // BATCH)
+
+    def trained(model: nn.Module, optimizer: torch.optim.Optimizer, title: str) -> None:
+        train(
+            model,
+            optimizer,
+            digits.train_images,
+            digits.train_labels,
+            epochs=epochs,
+            batch_size=BATCH,
+            seed=seed,
+            scheduler=_Recorded(optimizer, steps),
+            title=title,
+        )
+
+    def row(method: str, model: nn.Module, masks: MaskSet) -> AswlRow:
+        return AswlRow(method, masks, accuracy(model, digits.test_images, digits.test_labels))
+
+    learning = new_network()
+    with warnings.catch_warnings():  # print_aswl says it
+        warnings.simplefilter("ignore")
+        optimizer = ASWL(learning, LR, sparsity=SPARSITY, density_weight=DENSITY_WEIGHT)
+    trained(learning, optimizer, f"ASWL, {SPARSITY:.0%} zeros")
+    rows = [row("ASWL", learning, optimizer.finish())]
+    if pictures is not None:
+        pictures.mkdir(parents=True, exist_ok=True)
+        plot_sparsities(optimizer.history(), pictures / "aswl_sparsities.png")
+
+    dense = new_network()
+    trained(dense, torch.optim.SGD(dense.parameters(), LR, 0.9), "dense, for comparison")
+    for method, scope in (("global magnitude", "global"), ("uniform magnitude", "layer")):
+        pruned = copy.deepcopy(dense)
+        masks = magnitude(pruned, SPARSITY, scope=scope)
+        masks.apply(pruned)
+        rows.append(row(method, pruned, masks))
+    return rows
+
+
+class _Recorded(CosineAnnealingLR):
+    """Keeps the layers' sparsities at each step, where there are any."""
+
+    def step(self, *arguments: int) -> None:
+        super().step(*arguments)
+        if isinstance(self.optimizer, ASWL):
+            self.optimizer.record()
+
+
+def print_aswl(rows: list[AswlRow]) -> None:
+    layers = [name.removesuffix(".weight") for name in rows[0].masks]
+    print_table(
+        f"{rows[0].masks.sparsity:.0%} zeros, shared between the layers by ASWL and by magnitude",
+        ["layers' share by", "kept", "accuracy", *layers],
+        [
+            [
+                row.method,
+                f"{row.masks.num_kept:,}",
+                f"{row.accuracy:.1%}",
+                *(f"{bar(x.sparsity)} {x.sparsity:4.0%}" for x in row.masks.layers.values()),
+            ]
+            for row in rows
+        ],
+    )
+    print(
+        "A norm behind a convolution cancels its attention, so only the penalty on the total\n"
+        "moves it, large layers first; what the linear layer keeps is learnt from the loss."
+    )
