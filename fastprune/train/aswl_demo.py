@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from ..masks import MaskSet
 from ..methods import magnitude
+from ..methods.baselines import Scope
 from ..optim import ASWL
 from ..reporting import plot_sparsities
 from .console import bar, print_table
@@ -23,6 +24,7 @@ EPOCHS = 20
 BATCH = 64
 LR = 0.05
 DENSITY_WEIGHT = 100.0  # so that the total is reached in some hundred steps
+SCOPES: dict[str, Scope] = {"global magnitude": "global", "uniform magnitude": "layer"}
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def prune_by_aswl(
 
     dense = new_network()
     trained(dense, torch.optim.SGD(dense.parameters(), LR, 0.9), "dense, for comparison")
-    for method, scope in (("global magnitude", "global"), ("uniform magnitude", "layer")):
+    for method, scope in SCOPES.items():
         pruned = copy.deepcopy(dense)
         masks = magnitude(pruned, SPARSITY, scope=scope)
         masks.apply(pruned)
@@ -83,8 +85,8 @@ def prune_by_aswl(
 class _Recorded(CosineAnnealingLR):
     """Keeps the layers' sparsities at each step, where there are any."""
 
-    def step(self, *arguments: int) -> None:
-        super().step(*arguments)
+    def step(self, epoch: int | None = None) -> None:
+        super().step(epoch)
         if isinstance(self.optimizer, ASWL):
             self.optimizer.record()
 
