@@ -56,6 +56,9 @@ SCHEMAS = {
         "Tensor[] masks, Tensor settings, int[] rows, Tensor? grad_scale=None, "
         "Tensor? found_inf=None) -> ()"
     ),
+    "sparse_network": ("(Tensor[] inputs, Tensor[] weights, int[] program, int key) -> Tensor[]"),
+    "sparse_profile": ("(Tensor[] inputs, Tensor[] weights, int[] program, int key) -> Tensor"),
+    "sparse_release": "(Tensor place, int key) -> ()",
 }
 
 # The kernel that serves an operator where its library is built; the reference serves the rest.
@@ -69,6 +72,9 @@ WINNERS = {
     "sdprun_guard_": {"CPU": "C++", "CUDA": "CUDA C++"},
     "gsm_step_": {"CPU": "C++", "CUDA": "CUDA C++"},
     "masked_sgd_": {"CPU": "C++", "CUDA": "CUDA C++"},
+    "sparse_network": {"CPU": "C++"},
+    "sparse_profile": {"CPU": "C++"},
+    "sparse_release": {"CPU": "C++"},
 }
 
 
@@ -108,6 +114,13 @@ def _in_place_fake(*arguments: Any, **options: Any) -> None:
     """Nothing but the arguments changes, and their shapes do not."""
 
 
+def _sparse_profile_fake(
+    inputs: Sequence[Tensor], weights: Sequence[Tensor], program: Sequence[int], key: int
+) -> Tensor:
+    num_steps = len(reference.sparse.steps(program))
+    return torch.empty(num_steps, dtype=torch.float64)
+
+
 FAKES: dict[str, Callable[..., Any]] = {
     "select_threshold": _select_threshold_fake,
     "select_masks": _select_masks_fake,
@@ -118,6 +131,9 @@ FAKES: dict[str, Callable[..., Any]] = {
     "sdprun_guard_": _in_place_fake,
     "gsm_step_": _in_place_fake,
     "masked_sgd_": _in_place_fake,
+    "sparse_network": reference.sparse_network,  # no shape in it depends on a value
+    "sparse_profile": _sparse_profile_fake,
+    "sparse_release": _in_place_fake,
 }
 
 
