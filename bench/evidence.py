@@ -23,6 +23,7 @@ from . import (
     dirichlet_evidence,
     floor,
     gsm_evidence,
+    inference,
     memory,
     prospr_evidence,
     results,
@@ -130,6 +131,16 @@ def aswl_speed() -> None:
 def masked_sgd_speed() -> None:
     """The masked step beside torch's fused SGD and SGD times masks."""
     measure_speed("masked_sgd_step/resnet50/*")
+
+
+def sparse_inference() -> None:
+    """ResNet-50 with random zeros beside dense engines, over the sparsity, and layer by layer."""
+    picture = results.ROOT / "build" / "sparse_inference.png"
+    picture.parent.mkdir(exist_ok=True)
+    over = ["--sparsity", "0.5", "0.6", "0.7", "0.8", "0.9", "0.95", "--threads", "1", "2"]
+    where = ["--batch", "1", "16", "--save", "--layers", "--picture", str(picture)]
+    if inference.main([*over, *where]):
+        raise KeyboardInterrupt
 
 
 def record(experiment: str, facts: Iterable[tuple[str, str, Any, str]]) -> None:
@@ -318,6 +329,7 @@ EXPERIMENTS: dict[str, Callable[[], None]] = {
         aswl_teacher,
         aswl_speed,
         masked_sgd_speed,
+        sparse_inference,
         selection_scaling,
         selection_memory,
         beyond_2_to_31_elements,

@@ -1,7 +1,15 @@
 """fastprune: optimizers and kernels that prune neural networks."""
 
 from . import ops, optim, schedules
-from .deploy import compact
+from .deploy import (
+    FormatError,
+    SparseConv2d,
+    SparseLinear,
+    compact,
+    load_sparse,
+    save_sparse,
+    sparsify,
+)
 from .masks import MaskSet, num_kept
 from .methods import (
     Curve,
@@ -41,8 +49,11 @@ from .tickets import mask_gradients, rewind
 __all__ = [
     "Curve",
     "DirichletRanks",
+    "FormatError",
     "LayerCollapse",
     "MaskSet",
+    "SparseConv2d",
+    "SparseLinear",
     "barrier",
     "build_info",
     "compact",
@@ -57,6 +68,7 @@ __all__ = [
     "iter_snip",
     "layer_topk",
     "layer_topk_masks",
+    "load_sparse",
     "losses_along",
     "magnitude",
     "mask_gradients",
@@ -68,11 +80,13 @@ __all__ = [
     "random",
     "reinitialize",
     "rewind",
+    "save_sparse",
     "schedules",
     "scores",
     "segment",
     "shuffle_masks",
     "snip",
+    "sparsify",
     "synflow",
     "uniform",
     "use_reference",

@@ -74,6 +74,9 @@ SCHEMAS = {
     ),
     "channel_switch": "(Tensor input, Tensor scale) -> Tensor",
     "channel_switch_backward": "(Tensor grad, Tensor input, Tensor scale) -> (Tensor, Tensor)",
+    "sparse_network": ("(Tensor[] inputs, Tensor[] weights, int[] program, int key) -> Tensor[]"),
+    "sparse_profile": ("(Tensor[] inputs, Tensor[] weights, int[] program, int key) -> Tensor"),
+    "sparse_release": "(Tensor place, int key) -> ()",
 }
 
 # The kernel that serves an operator where its library is built; the reference serves the rest.
@@ -93,6 +96,9 @@ WINNERS = {
     "dirichlet_sample_backward": {"CPU": "C++", "CUDA": "CUDA C++"},
     "channel_switch": {"CPU": "C++", "CUDA": "Triton"},
     "channel_switch_backward": {"CPU": "C++", "CUDA": "Triton"},
+    "sparse_network": {"CPU": "C++"},
+    "sparse_profile": {"CPU": "C++"},
+    "sparse_release": {"CPU": "C++"},
 }
 
 
@@ -130,6 +136,13 @@ def _block_scores_fake(
 
 def _in_place_fake(*arguments: Any, **options: Any) -> None:
     """Nothing but the arguments changes, and their shapes do not."""
+
+
+def _sparse_profile_fake(
+    inputs: Sequence[Tensor], weights: Sequence[Tensor], program: Sequence[int], key: int
+) -> Tensor:
+    num_steps = len(reference.sparse.steps(program))
+    return torch.empty(num_steps, dtype=torch.float64)
 
 
 def _dirichlet_kl_fake(
@@ -172,6 +185,9 @@ FAKES: dict[str, Callable[..., Any]] = {
     "sdprun_guard_": _in_place_fake,
     "gsm_step_": _in_place_fake,
     "masked_sgd_": _in_place_fake,
+    "sparse_network": reference.sparse_network,  # no shape in it depends on a value
+    "sparse_profile": _sparse_profile_fake,
+    "sparse_release": _in_place_fake,
     "aswl_step_": _in_place_fake,
     "dirichlet_kl": _dirichlet_kl_fake,
     "dirichlet_sample": _dirichlet_sample_fake,

@@ -213,7 +213,8 @@ def test_every_operator_has_its_opcheck() -> None:
     selection = {"select_threshold", "select_masks", "block_scores"}  # here
     steps = {"gsm_step_", "gsm_update_", "masked_sgd_"}  # test_gsm.py, test_masked_sgd.py
     steps |= {"sdprun_threshold_", "sdprun_update_", "sdprun_guard_"}  # test_sdprun.py
-    assert set(SCHEMAS) == selection | steps
+    inference = {"sparse_network", "sparse_profile", "sparse_release"}  # test_sparse_network.py
+    assert set(SCHEMAS) == selection | steps | inference
 
 
 PUBLIC: dict[str, Callable[[list[Tensor], list[Tensor], Any], Any]] = {

@@ -6,6 +6,7 @@ from .gsm import gsm_step_, gsm_update_
 from .masked_sgd import masked_sgd_
 from .sdprun import sdprun_guard_, sdprun_threshold_, sdprun_update_
 from .select import block_scores, select_masks, select_threshold
+from .sparse import sparse_network, sparse_profile, sparse_release
 from .switch import channel_switch, channel_switch_backward
 
 __all__ = [
@@ -24,4 +25,7 @@ __all__ = [
     "sdprun_update_",
     "select_masks",
     "select_threshold",
+    "sparse_network",
+    "sparse_profile",
+    "sparse_release",
 ]

@@ -1,0 +1,35 @@
+// The non-zeros of a layer in the order the kernels read them.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+#include "cpu/sparse_conv/kernels.h"
+#include "cpu/sparse_conv/memory.h"
+#include "cpu/sparse_conv/program.h"
+
+namespace fastprune {
+namespace sparse {
+
+struct PackedRows {
+  int block;  // outputs that share a list of inputs
+  Buffer entries;
+  std::vector<int64_t> starts;
+  std::vector<int32_t> outputs;
+  std::vector<float> bias;
+  std::vector<int64_t>
+      parts;  // ranges of blocks with about equal work: from parts[i] to parts[i + 1]
+  int64_t num_entries;
+};
+
+// The block size that needs least time for this weight, if the caller leaves the choice, from those
+// up to `largest`.
+int choose_block(const SparseWeight& weight, int64_t groups, Kernel wanted);
+
+// `offset(output, column)`: floats from the window's first input.
+PackedRows pack_rows(const SparseWeight& weight, int block, int64_t num_parts,
+                     const std::function<int32_t(int64_t, int32_t)>& offset);
+
+}  // namespace sparse
+}  // namespace fastprune
