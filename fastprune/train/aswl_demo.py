@@ -34,6 +34,7 @@ class AswlRow:
     method: str
     masks: MaskSet
     accuracy: float
+    network: nn.Module
 
 
 def prune_by_aswl(
@@ -60,7 +61,8 @@ def prune_by_aswl(
         )
 
     def row(method: str, model: nn.Module, masks: MaskSet) -> AswlRow:
-        return AswlRow(method, masks, accuracy(model, digits.test_images, digits.test_labels))
+        right = accuracy(model, digits.test_images, digits.test_labels)
+        return AswlRow(method, masks, right, model)
 
     learning = new_network()
     with warnings.catch_warnings():  # print_aswl says it

@@ -76,6 +76,14 @@ def test_aswl_and_magnitude_share_the_same_zeros(printed: tuple[DemoResult, str]
     assert max(shares) - min(shares) > 0.1
 
 
+def test_sparse_inference_ends_the_demonstration(printed: tuple[DemoResult, str]) -> None:
+    result, out = printed
+    assert [row.images for row in result.sparse] == [1, 16]
+    for row in result.sparse:
+        assert row.dense > 0 and f"{row.now:.3f}" in out
+    assert out.index("by fp.sparsify") > out.index("torch.cat + kthvalue")
+
+
 def test_sdprun_removes_channels_and_nothing_else(printed: tuple[DemoResult, str]) -> None:
     result, out = printed
     found = result.sdprun
