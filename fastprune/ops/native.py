@@ -51,7 +51,7 @@ def _register_triton() -> None:
     if not gpu or importlib.util.find_spec("triton") is None:
         return
     for name, winners in WINNERS.items():
-        if winners["CUDA"] == TRITON:
+        if winners.get("CUDA") == TRITON:
             torch.library.impl(f"{NAMESPACE}::{name}", "CUDA", _triton_function(name))
 
 
