@@ -10,7 +10,7 @@ from torch import nn
 
 import fastprune as fp
 from fastprune.optim import GSM, masked
-from tests.ops.gsm_cases import bits
+from tests.ops.machine import bits
 from tests.optim.test_gsm import fill_gradients, network, steps
 from tests.optim.test_masked_sgd import masks_of
 

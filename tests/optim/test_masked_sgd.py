@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import fastprune as fp
 from fastprune.optim import MaskedSGD
-from tests.ops.gsm_cases import bits
+from tests.ops.machine import bits
 from tests.optim.test_gsm import (
     SCHEDULERS,
     SGD_VARIANTS,
