@@ -63,10 +63,7 @@ Prepared prepare(const Tensors& inputs, const Tensors& weights, const std::vecto
     prepared.inputs.push_back(inputs[i].const_data_ptr<float>());
   }
   const std::vector<WeightArray> arrays = weight_arrays(weights);
-  const int64_t num_steps = static_cast<int64_t>(program.size()) / sparse::kStepFields;
-  prepared.plan = sparse::find_network(key, program.data(), num_steps,
-                                       static_cast<int64_t>(inputs.size()), arrays)
-                      ->plan(arrays, specs, best_isa());
+  prepared.plan = sparse::find_network(key, program)->plan(arrays, specs, best_isa());
   for (const sparse::Output& output : prepared.plan->outputs()) {
     const sparse::Shape& s = output.shape;
     std::vector<int64_t> sizes{s.images, s.channels};

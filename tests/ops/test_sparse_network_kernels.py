@@ -125,23 +125,23 @@ def test_rows_where_executable_pages_are_refused() -> None:
         pytest.skip("this kernel cannot refuse executable pages")
 
 
-def anonymous_code() -> list[str]:
-    """Executable memory that belongs to no file."""
+def anonymous_code() -> set[tuple[str, str]]:
+    """Addresses and rights of executable memory that belongs to no file."""
     maps = [line.split() for line in MAPS.read_text().splitlines()]
-    return [fields[1] for fields in maps if "x" in fields[1] and len(fields) == 5]
+    return {(fields[0], fields[1]) for fields in maps if "x" in fields[1] and len(fields) == 5}
 
 
 @native
 @on_linux
 def test_generated_code_is_never_writable_and_goes_with_its_key() -> None:
     weights, code = one_convolution(Kernel.GENERATED)
-    before, key = len(anonymous_code()), next(KEYS)
+    before, key = anonymous_code(), next(KEYS)
     OPERATORS.sparse_network([torch.randn(1, 16, 20, 20)], weights, code, key)
-    assert "w" not in "".join(anonymous_code())
-    if torch.backends.cpu.get_cpu_capability() == "AVX512":
-        assert len(anonymous_code()) == before + 1
+    made = anonymous_code() - before
+    assert all(rights == "r-xp" for _, rights in made)
+    assert len(made) == (torch.backends.cpu.get_cpu_capability() == "AVX512")
     release(key)
-    assert len(anonymous_code()) == before
+    assert not made & anonymous_code()
 
 
 def resident_bytes() -> int:

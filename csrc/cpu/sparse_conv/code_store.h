@@ -21,8 +21,6 @@ class CodeStore {
   int64_t add_code(const std::vector<uint8_t>& code);
   int64_t add_numbers(const std::vector<float>& numbers);
 
-  int64_t code_size() const { return static_cast<int64_t>(added_code_.size()); }
-
   // Makes what was added executable; false where the system refuses such pages.
   bool seal();
 

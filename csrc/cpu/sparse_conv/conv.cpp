@@ -1,6 +1,5 @@
 // Convolutions and linear layers: the windows gathered if need be, then sparse rows over tiles.
 #include <algorithm>
-#include <cstdlib>
 #include <stdexcept>
 
 #include "cpu/sparse_conv/generate.h"
@@ -145,7 +144,7 @@ bool Conv::wants_generated(const StageSource& source) const {
       static_cast<double>(source.step.window.kernel[0] * source.step.window.kernel[1]);
   const double kept =
       weight.starts[weight.outputs] / (columns * static_cast<double>(weight.outputs));
-  return kept < kDenseWeight && (out_->layout.positions() >= kFewPositions || (out_->layout.positions() >= 12 && source.code->code_size() < (getenv("MB") ? atof(getenv("MB")) : 6) * (1 << 20)));
+  return kept < kDenseWeight && out_->layout.positions() >= kFewPositions;
 }
 
 void Conv::set_generated(const StageSource& source) {

@@ -51,7 +51,6 @@ class WindowPlane {
  public:
   WindowPlane(const Window& window, const Layout& target, int64_t channels);
 
-  int64_t positions() const { return axes_[0].total() * axes_[1].total(); }
   int64_t size() const { return axes_[0].total() * row_stride_; }
   int64_t channel_stride() const { return channel_stride_; }
   int64_t row_stride() const { return row_stride_; }

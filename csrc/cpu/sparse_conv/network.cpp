@@ -30,27 +30,24 @@ std::shared_ptr<const Plan> Network::plan(const std::vector<WeightArray>& weight
     plans_.splice(plans_.begin(), plans_, it);
     return plans_.front();
   }
-  plans_.push_front(std::make_shared<const Plan>(steps_, weights, inputs, isa));
+  const std::vector<Step> steps =
+      parse_program(program_.data(), static_cast<int64_t>(program_.size()) / kStepFields,
+                    static_cast<int64_t>(inputs.size()), weights);
+  plans_.push_front(std::make_shared<const Plan>(steps, weights, inputs, isa));
   if (plans_.size() > kMostPlans) plans_.pop_back();
   return plans_.front();
 }
 
-std::shared_ptr<Network> find_network(int64_t key, const int64_t* program, int64_t num_steps,
-                                      int64_t num_inputs, const std::vector<WeightArray>& weights) {
+std::shared_ptr<Network> find_network(int64_t key, const std::vector<int64_t>& program) {
   Networks& all = networks();
-  {
-    const std::lock_guard<std::mutex> lock(all.mutex);
-    const auto found = all.by_key.find(key);
-    if (found != all.by_key.end()) {
-      if (found->second->fits(num_steps, weights.size())) return found->second;
-      throw std::invalid_argument(
-          "sparse_network: `key` belongs to another network; draw a new one for each network");
-    }
-  }
-  auto network = std::make_shared<Network>(parse_program(program, num_steps, num_inputs, weights),
-                                           weights.size());
   const std::lock_guard<std::mutex> lock(all.mutex);
-  return all.by_key.emplace(key, std::move(network)).first->second;
+  std::shared_ptr<Network>& network = all.by_key[key];
+  if (network == nullptr) network = std::make_shared<Network>(program);
+  if (network->program() != program) {
+    throw std::invalid_argument(
+        "sparse_network: `key` belongs to another network; draw a new one for each network");
+  }
+  return network;
 }
 
 void release_network(int64_t key) {

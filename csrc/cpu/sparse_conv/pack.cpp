@@ -1,7 +1,6 @@
 #include "cpu/sparse_conv/pack.h"
 
 #include <algorithm>
-#include <cstring>
 #include <numeric>
 
 namespace fastprune {

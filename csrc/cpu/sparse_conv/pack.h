@@ -18,13 +18,13 @@ struct PackedRows {
   std::vector<int64_t> starts;
   std::vector<int32_t> outputs;
   std::vector<float> bias;
-  std::vector<int64_t>
-      parts;  // ranges of blocks with about equal work: from parts[i] to parts[i + 1]
+  // Ranges of blocks with about equal work, from parts[i] to parts[i + 1].
+  std::vector<int64_t> parts;
   int64_t num_entries;
 };
 
-// The block size that needs least time for this weight, if the caller leaves the choice, from those
-// up to `largest`.
+// The block size that needs least time for this weight: more than 1 if the caller wants blocks, 1
+// if rows.
 int choose_block(const SparseWeight& weight, int64_t groups, Kernel wanted);
 
 // `offset(output, column)`: floats from the window's first input.
