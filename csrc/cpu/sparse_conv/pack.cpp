@@ -52,7 +52,7 @@ bool may_block(const SparseWeight& w, int64_t groups, int block) {
   return groups == 1 || w.outputs / groups % block == 0;
 }
 
-// Time per column and tile of a block, measured, of one output that is on its own.
+// Time per column and tile of a block, an estimate, of one output that is on its own.
 constexpr double kColumnCost[] = {1, 1.15, 2.0};
 
 template <int B>
