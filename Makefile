@@ -10,7 +10,7 @@ BUILT := build/.built-$(FASTPRUNE_BUILD)
 CXX_FILES = $(shell find csrc bench tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench evidence clean
+.PHONY: help setup demo test test-training test-rest test-triton lint format bench evidence clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,9 +39,18 @@ $(BUILT): $(INSTALLED) setup.py $(shell find csrc)
 demo: setup ## prune a small network and report what it bought
 	@$(BIN)/fastprune demo
 
-# Triton reads TRITON_INTERPRET when it is imported: hence a process of its own.
+# In parallel, each part's output in one piece.
 test: setup ## run the tests
-	$(BIN)/python -m pytest
+	@$(MAKE) -j2 --output-sync=target test-training test-rest test-triton
+
+test-training: setup
+	$(BIN)/python -m pytest tests/csrc tests/optim
+
+test-rest: setup
+	$(BIN)/python -m pytest --ignore tests/csrc --ignore tests/optim
+
+# Triton reads TRITON_INTERPRET when it is imported: hence a process of its own.
+test-triton: setup
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton
 
 lint: $(INSTALLED) ## check style, types and formatting

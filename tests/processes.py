@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-TIMEOUT = 60  # seconds
+TIMEOUT = 180  # seconds
 Results = dict[int, list[dict[str, Any]]]
 
 

@@ -109,6 +109,6 @@ def print_aswl(rows: list[AswlRow]) -> None:
         ],
     )
     print(
-        "A norm behind a convolution cancels its attention, so only the penalty on the total\n"
-        "moves it, large layers first; what the linear layer keeps is learnt from the loss."
+        "A norm behind a convolution cancels its attention, so that only the penalty on\n"
+        "the total moves it, large layers first; the linear layer learns from the loss."
     )

@@ -213,8 +213,11 @@ def test_every_operator_has_its_opcheck() -> None:
     selection = {"select_threshold", "select_masks", "block_scores"}  # here
     steps = {"gsm_step_", "gsm_update_", "masked_sgd_"}  # test_gsm.py, test_masked_sgd.py
     steps |= {"sdprun_threshold_", "sdprun_update_", "sdprun_guard_"}  # test_sdprun.py
+    steps |= {"aswl_step_"}  # test_aswl_kernels.py
+    switches = {"dirichlet_kl", "dirichlet_sample", "dirichlet_sample_backward"}  # test_dirichlet
+    switches |= {"channel_switch", "channel_switch_backward"}  # test_switch.py
     inference = {"sparse_network", "sparse_profile", "sparse_release"}  # test_sparse_network.py
-    assert set(SCHEMAS) == selection | steps | inference
+    assert set(SCHEMAS) == selection | steps | switches | inference
 
 
 PUBLIC: dict[str, Callable[[list[Tensor], list[Tensor], Any], Any]] = {
