@@ -12,7 +12,19 @@ import numpy as np
 import pytest
 import torch
 
-from bench import cases, evidence, floor, gpu_check, gpu_parts, memory, results, run, shapes, timing
+from bench import (
+    cases,
+    evidence,
+    floor,
+    gpu_check,
+    gpu_parts,
+    inference,
+    memory,
+    results,
+    run,
+    shapes,
+    timing,
+)
 from bench.case import OURS, Case, WrongAnswerError
 from bench.gpu_check import FAILED, MISSING, PASSED, TIMEOUT, Command, Stage
 
@@ -196,8 +208,14 @@ def test_rows_of_another_shape_are_not_mixed_in(tmp_path: Path) -> None:
 
 
 def test_committed_rows_parse() -> None:
+    kinds = {
+        "-evidence": results.FACT,
+        "-inference": inference.COLUMNS,
+        "-inference-layers": inference.LAYER_COLUMNS,
+    }
     for path in results.FOLDER.glob("*.csv"):
-        columns = results.FACT if path.stem.endswith("-evidence") else results.TIMING
+        kind = next((kind for kind in kinds if path.stem.endswith(kind)), None)
+        columns = kinds[kind] if kind else results.TIMING
         for row in results.read(path):
             assert tuple(row) == columns and None not in row.values(), path.name
 

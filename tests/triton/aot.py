@@ -11,11 +11,11 @@ a spill is traffic that no count of bytes has in it.
 """
 
 import json
+import multiprocessing
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -245,11 +245,16 @@ def measure(case: Case) -> tuple[dict[str, Resources], list[str]]:
     return {name: resources(kernel) for name, kernel in compiled.items()}, inexact
 
 
-def measure_all(cases: Iterable[Case]) -> dict[str, tuple[dict[str, Resources], list[str]]]:
-    cases = list(cases)
-    with ThreadPoolExecutor(NUM_WORKERS) as pool:
-        measured = list(pool.map(measure, cases))
-    return {case.name: row for case, row in zip(cases, measured, strict=True)}
+def measure_all() -> dict[str, tuple[dict[str, Resources], list[str]]]:
+    """In processes: Python 3.11 parses wrongly in several threads (cpython issue 106905)."""
+    spawn = multiprocessing.get_context("spawn")  # a fork would copy the locks of torch's threads
+    with ProcessPoolExecutor(NUM_WORKERS, mp_context=spawn) as pool:
+        measured = list(pool.map(_measure_numbered, range(len(CASES))))
+    return {case.name: row for case, row in zip(CASES, measured, strict=True)}
+
+
+def _measure_numbered(number: int) -> tuple[dict[str, Resources], list[str]]:
+    return measure(CASES[number])  # a case itself holds a kernel and cannot be sent
 
 
 def with_options(case: Case, **options: Any) -> Case:
@@ -267,7 +272,7 @@ def read_table() -> dict[str, dict[str, Resources]]:
 def write_table() -> None:
     """One line a case: architecture -> [registers, spilled bytes, shared bytes]."""
     lines = []
-    for name, (row, _) in measure_all(CASES).items():
+    for name, (row, _) in measure_all().items():
         numbers = {a: [used.registers, used.spills, used.shared] for a, used in row.items()}
         lines.append(f"  {json.dumps(name)}: {json.dumps(numbers)}")
     TABLE.write_text("{\n" + ",\n".join(lines) + "\n}\n")

@@ -14,7 +14,7 @@ Measured = dict[str, tuple[dict[str, aot.Resources], list[str]]]
 
 @pytest.fixture(scope="module")
 def measured() -> Measured:
-    return aot.measure_all(aot.CASES)
+    return aot.measure_all()
 
 
 def test_the_table_has_exactly_the_cases() -> None:
