@@ -20,7 +20,7 @@ import fastprune as fp
 from fastprune.ops import reference
 from fastprune.ops.reference.sparse import Kernel, Kind, Step
 
-from .sparse_cases import KEYS, convolutions, convolve, packed, program
+from .sparse_cases import KEYS, Convolution, convolutions, convolve, packed, program
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [
@@ -90,8 +90,22 @@ def test_random_convolutions_and_bad_programs_under_the_sanitizers(sanitized_dri
     run([sanitized_driver, 500, 3])
 
 
+def long_convolutions() -> list[Convolution]:
+    """More inputs than the first cache holds: rows go panel by panel."""
+    sizes = [(512, 70, 14, 1, 0.9), (300, 33, 9, 3, 0.7), (256, 40, 14, 3, 0.95)]
+    return [
+        Convolution(
+            2, inputs, outputs, size, size, (kernel, kernel), (stride, stride),
+            (kernel // 2, kernel // 2), (1, 1), 1, sparsity, blocks, activation, residual, False, 1,
+        )
+        for inputs, outputs, size, kernel, sparsity in sizes
+        for stride in (1, 2)
+        for blocks, activation, residual in [(1, 1, True), (4, 4, True), (1, 0, False)]
+    ]  # fmt: skip
+
+
 def check_random_convolutions(number: int = 60) -> None:
-    for case in islice(convolutions(number, seed=5), number):
+    for case in [*islice(convolutions(number, seed=5), number), *long_convolutions()]:
         got, expected, sizes = convolve(case, Kernel.AUTOMATIC, OPERATORS.sparse_network)
         assert ((got.double() - expected).abs() <= 1e-5 * sizes).all(), case
 

@@ -1,5 +1,6 @@
 // Convolutions and linear layers: the windows gathered if need be, then sparse rows over tiles.
 #include <algorithm>
+#include <set>
 #include <stdexcept>
 
 #include "cpu/sparse_conv/generate.h"
@@ -49,9 +50,11 @@ class Conv : public Stage {
   bool may_generate(const StageSource& source) const;
   bool wants_generated(const StageSource& source) const;
   void set_rows(const StageSource& source);
+  std::vector<int32_t> choose_panels(const StageSource& source, const SparseWeight& weight) const;
   void set_generated(const StageSource& source);
   int32_t window_offset(const Step& step, int64_t output, int32_t column) const;
   void run_rows(const Call& call, const float* input, float* output, const float* residual) const;
+  void run_panels(RowKernel kernel, int64_t part, RowWork work) const;
   void run_generated(const Call& call, const float* input, float* output,
                      const float* residual) const;
   void activate(const Call& call, int64_t block, const GeneratedWork& work) const;
@@ -117,9 +120,36 @@ void Conv::set_rows(const StageSource& source) {
   const int64_t num_parts = std::max<int64_t>(
       1,
       std::min(kEnoughTiles / static_cast<int64_t>(tiles_.size()), weight.outputs / kRowsPerPart));
-  rows_ = pack_rows(weight, block, num_parts, [&](int64_t output, int32_t column) {
-    return window_offset(source.step, output, column);
-  });
+  rows_ = pack_rows(
+      weight, block, num_parts, choose_panels(source, weight),
+      [&](int64_t output, int32_t column) { return window_offset(source.step, output, column); });
+}
+
+// The inputs of a panel stay in the first cache while all rows read them. For that the sums leave
+// their registers once more for each panel, so panels that are short do not pay.
+std::vector<int32_t> Conv::choose_panels(const StageSource& source,
+                                         const SparseWeight& weight) const {
+  constexpr int64_t kPanelBytes = 40 << 10, kFewestEntries = 8;
+  const Window& window = source.step.window;
+  const int64_t taps = window.kernel[0] * window.kernel[1];
+  const int64_t channels = in_->shape.channels / source.step.groups;
+  std::set<int32_t> vectors;  // that a tile reads of a channel
+  for (int32_t tap = 0; tap < taps; ++tap) {
+    for (int32_t i = 0; i < tiles_[0].vectors; ++i) {
+      vectors.insert(window_offset(source.step, 0, tap) +
+                     i * static_cast<int32_t>(out_->layout.lanes));
+    }
+  }
+  const int64_t bytes = static_cast<int64_t>(vectors.size()) * out_->layout.lanes * 4 * channels;
+  const int64_t per_row = weight.starts[weight.outputs] / std::max<int64_t>(1, weight.outputs);
+  const int64_t most = std::min(channels, per_row / kFewestEntries);
+  const int64_t count =
+      std::max<int64_t>(1, std::min((bytes + kPanelBytes - 1) / kPanelBytes, most));
+  std::vector<int32_t> panels;
+  for (int64_t i = 0; i <= count; ++i) {
+    panels.push_back(static_cast<int32_t>(channels * i / count * taps));
+  }
+  return panels;
 }
 
 bool Conv::may_generate(const StageSource& source) const {
@@ -182,10 +212,6 @@ void Conv::run_rows(const Call& call, const float* input, float* output,
                     const float* residual) const {
   RowWork common{};
   common.channel_stride = out_->layout.channel_stride();
-  common.entries = rows_.entries.data();
-  common.starts = rows_.starts.data();
-  common.outputs = rows_.outputs.data();
-  common.bias = rows_.bias.data();
   common.activation = activation_;
   const int64_t parts = static_cast<int64_t>(rows_.parts.size()) - 1;
   const int64_t tasks = static_cast<int64_t>(tiles_.size()) * parts;
@@ -197,11 +223,24 @@ void Conv::run_rows(const Call& call, const float* input, float* output,
       work.input = input + tile.input;
       work.output = output + tile.output;
       work.residual = residual == nullptr ? nullptr : residual + tile.output;
-      work.begin = rows_.parts[i % parts];
-      work.end = rows_.parts[i % parts + 1];
-      call.kernels.rows[block_index_][tile.vectors](work);
+      run_panels(call.kernels.rows[block_index_][tile.vectors], i % parts, work);
     }
   });
+}
+
+void Conv::run_panels(RowKernel kernel, int64_t part, RowWork work) const {
+  const int64_t panels = rows_.num_panels, block = rows_.block;
+  work.num_blocks = rows_.parts[part + 1] - rows_.parts[part];
+  for (int64_t panel = 0; panel < panels; ++panel) {
+    const int64_t first = rows_.parts[part] * panels + panel * work.num_blocks;
+    work.entries = rows_.entries.data() + rows_.starts[part * panels + panel] * (1 + block) * 4;
+    work.lengths = rows_.lengths.data() + first;
+    work.outputs = rows_.outputs.data() + first * block;
+    work.bias = rows_.bias.data() + first * block;
+    work.begins = panel == 0;
+    work.ends = panel == panels - 1;
+    kernel(work);
+  }
 }
 
 void Conv::run_generated(const Call& call, const float* input, float* output,

@@ -1,5 +1,7 @@
 #include "cpu/sparse_conv/kernels.h"
 
+#include "cpu/prefetch.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif

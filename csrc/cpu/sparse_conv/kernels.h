@@ -23,18 +23,18 @@ struct Entry {
   float values[B];
 };
 
-// Blocks of outputs `begin` to `end` at one tile of pixels. The values of block i are
-// the entries from starts[i] to starts[i + 1].
+// What blocks of outputs get from one panel of inputs, at one tile of pixels.
 struct RowWork {
   const float* input;
   float* output;
   const float* residual;   // or null
   int64_t channel_stride;  // floats from an output channel to the next one, residual too
-  const void* entries;     // Entry<B>
-  const int64_t* starts;
+  const void* entries;     // Entry<B>, the blocks' one behind the other
+  const int32_t* lengths;  // entries of each block
   const int32_t* outputs;  // B for each block; -1: none
   const float* bias;       // B for each block
-  int64_t begin, end;
+  int64_t num_blocks;
+  bool begins, ends;  // the first panel begins with bias and residual, the last one activates
   Activation activation;
 };
 using RowKernel = void (*)(const RowWork& work);

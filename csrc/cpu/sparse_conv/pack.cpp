@@ -55,14 +55,26 @@ bool may_block(const SparseWeight& w, int64_t groups, int block) {
 // Time per column and tile of a block, an estimate, of one output that is on its own.
 constexpr double kColumnCost[] = {1, 1.15, 2.0};
 
+// What a block keeps in one panel, as places in its union's columns.
+struct Run {
+  int64_t block, begin, end;
+
+  int64_t length() const { return end - begin; }
+};
+
+Run run_of(const Union& rows, int64_t block, int32_t first_column, int32_t end_column) {
+  const auto begin = std::lower_bound(rows.columns.begin(), rows.columns.end(), first_column);
+  const auto end = std::lower_bound(begin, rows.columns.end(), end_column);
+  return {block, begin - rows.columns.begin(), end - rows.columns.begin()};
+}
+
 template <int B>
-void write_entries(const SparseWeight& w, const Union& rows, int64_t first, bool backwards,
+void write_entries(const SparseWeight& w, const Union& rows, const Run& run, bool backwards,
                    const std::function<int32_t(int64_t, int32_t)>& offset, void* to) {
   auto* entry = static_cast<Entry<B>*>(to);
-  const int64_t size = static_cast<int64_t>(rows.columns.size());
-  for (int64_t i = 0; i < size; ++i, ++entry) {
-    const int64_t k = backwards ? size - 1 - i : i;
-    entry->offset = offset(first, rows.columns[k]);
+  for (int64_t i = run.begin; i < run.end; ++i, ++entry) {
+    const int64_t k = backwards ? run.begin + run.end - 1 - i : i;
+    entry->offset = offset(run.block * B, rows.columns[k]);
     for (int b = 0; b < B; ++b) {
       const int32_t place = rows.places[k * B + b];
       entry->values[b] = place < 0 ? 0 : w.values[place];
@@ -89,43 +101,51 @@ int choose_block(const SparseWeight& weight, int64_t groups, Kernel wanted) {
 }
 
 PackedRows pack_rows(const SparseWeight& w, int block, int64_t num_parts,
+                     const std::vector<int32_t>& panels,
                      const std::function<int32_t(int64_t, int32_t)>& offset) {
   const int64_t num_blocks = (w.outputs + block - 1) / block;
+  PackedRows packed{block, static_cast<int64_t>(panels.size()) - 1, {}, {}, {0}, {}, {}, {}, 0};
   std::vector<Union> unions;
-  PackedRows packed{block, {}, {0}, {}, {}, {0}, 0};
   for (int64_t i = 0; i < num_blocks; ++i) {
     unions.push_back(unite(w, i * block, block));
     packed.num_entries += static_cast<int64_t>(unions.back().columns.size());
   }
-  // Long rows first: rows of one length follow each other, so that the end of the loop is foreseen.
-  // Each part gets every num_parts-th of them.
-  std::vector<int64_t> sorted(num_blocks), order;
+  // Each part gets every num_parts-th block, long ones first.
+  std::vector<int64_t> sorted(num_blocks);
   std::iota(sorted.begin(), sorted.end(), int64_t{0});
   std::stable_sort(sorted.begin(), sorted.end(), [&](int64_t a, int64_t b) {
     return unions[a].columns.size() > unions[b].columns.size();
   });
-  for (int64_t part = 0; part < num_parts; ++part) {
-    for (int64_t i = part; i < num_blocks; i += num_parts) order.push_back(sorted[i]);
-    packed.parts.push_back(static_cast<int64_t>(order.size()));
-  }
-
   const int64_t entry_size = (1 + block) * 4;
   packed.entries = Buffer(packed.num_entries * entry_size);
-  char* to = packed.entries.data();
+  const auto write = block == 1   ? write_entries<1>
+                     : block == 2 ? write_entries<2>
+                                  : write_entries<4>;
+  int64_t written = 0;
   bool backwards = false;  // every other row, to begin with the inputs that were read last
-  for (const int64_t i : order) {
-    const auto write = block == 1   ? write_entries<1>
-                       : block == 2 ? write_entries<2>
-                                    : write_entries<4>;
-    write(w, unions[i], i * block, backwards, offset, to);
-    const int64_t size = static_cast<int64_t>(unions[i].columns.size());
-    to += size * entry_size;
-    packed.starts.push_back(packed.starts.back() + size);
-    for (int64_t o = i * block; o < (i + 1) * block; ++o) {
-      packed.outputs.push_back(o < w.outputs ? static_cast<int32_t>(o) : -1);
-      packed.bias.push_back(o < w.outputs ? w.bias[o] : 0);
+  for (int64_t part = 0; part < num_parts; ++part) {
+    for (int64_t panel = 0; panel < packed.num_panels; ++panel) {
+      packed.starts.push_back(written);
+      std::vector<Run> runs;
+      for (int64_t i = part; i < num_blocks; i += num_parts) {
+        runs.push_back(run_of(unions[sorted[i]], sorted[i], panels[panel], panels[panel + 1]));
+      }
+      // Runs of one length follow each other, so that the end of the loop is foreseen.
+      std::stable_sort(runs.begin(), runs.end(),
+                       [](const Run& a, const Run& b) { return a.length() > b.length(); });
+      for (const Run& run : runs) {
+        write(w, unions[run.block], run, backwards, offset,
+              packed.entries.data() + written * entry_size);
+        packed.lengths.push_back(static_cast<int32_t>(run.length()));
+        for (int64_t o = run.block * block; o < (run.block + 1) * block; ++o) {
+          packed.outputs.push_back(o < w.outputs ? static_cast<int32_t>(o) : -1);
+          packed.bias.push_back(o < w.outputs ? w.bias[o] : 0);
+        }
+        written += run.length();
+        backwards = !backwards;
+      }
     }
-    backwards = !backwards;
+    packed.parts.push_back(packed.parts.back() + (num_blocks - part + num_parts - 1) / num_parts);
   }
   return packed;
 }

@@ -12,14 +12,18 @@
 namespace fastprune {
 namespace sparse {
 
+// Parts of the blocks, with about equal work, are for threads; panels of the columns, one after the
+// other, for the cache. Everything lies in the order in which it is read: part by part, in each
+// panel by panel, in each block by block.
 struct PackedRows {
   int block;  // outputs that share a list of inputs
+  int64_t num_panels;
   Buffer entries;
-  std::vector<int64_t> starts;
-  std::vector<int32_t> outputs;
-  std::vector<float> bias;
-  // Ranges of blocks with about equal work, from parts[i] to parts[i + 1].
-  std::vector<int64_t> parts;
+  std::vector<int64_t> starts;   // of each panel of each part, in entries
+  std::vector<int64_t> parts;    // part i has parts[i + 1] - parts[i] blocks
+  std::vector<int32_t> lengths;  // of each block of each panel of each part, in entries
+  std::vector<int32_t> outputs;  // `block` for each length; -1: none
+  std::vector<float> bias;       // likewise
   int64_t num_entries;
 };
 
@@ -27,8 +31,10 @@ struct PackedRows {
 // if rows.
 int choose_block(const SparseWeight& weight, int64_t groups, Kernel wanted);
 
-// `offset(output, column)`: floats from the window's first input.
+// `panels`: the first column of each panel, and the number of all. `offset(output, column)`: floats
+// from the window's first input.
 PackedRows pack_rows(const SparseWeight& weight, int block, int64_t num_parts,
+                     const std::vector<int32_t>& panels,
                      const std::function<int32_t(int64_t, int32_t)>& offset);
 
 }  // namespace sparse
