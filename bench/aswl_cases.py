@@ -1,7 +1,6 @@
 """Cases of the ASWL step: beside torch's fused SGD, which prunes nothing, and the eager method."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -9,25 +8,17 @@ from torch import Tensor, nn
 
 import fastprune as fp
 
-from . import shapes
-from .case import Case, WrongAnswerError
-from .gsm_cases import DTYPES, Inputs, make_inputs
-from .shapes import Shape
+from . import optimizer_steps
+from .case import Case
+from .optimizer_steps import PLAIN, Inputs, Step, step_cases, stepping
 
 # Layers stand at the target, as they do for most of a training. Where they still move fast, the
 # thresholds of the last step do not help to find the new ones.
 SPARSITY = 0.8
 LR, MOMENTUM, ATTENTION_LR = 0.01, 0.9, 0.001
+PRUNED = "pruned"  # the kind of a step
 # Gradient, dense weight and momentum read; the latter two and the parameter written.
 BYTES = {"fp32": 12 + 12, "bf16": 10 + 10}
-
-
-@dataclass(frozen=True)
-class Stepped:
-    """Parameters after steps of one kind; the first step is what is checked."""
-
-    pruned: bool
-    parameters: list[nn.Parameter]
 
 
 def model_of(parameters: list[nn.Parameter]) -> nn.Module:
@@ -48,33 +39,16 @@ def model_of(parameters: list[nn.Parameter]) -> nn.Module:
     return model
 
 
-def ours(inputs: Inputs) -> Callable[[], Stepped]:
+def ours(inputs: Inputs) -> Step:
     parameters = inputs.parameters()
     options = {"attention_lr": ATTENTION_LR, "attention_init": 1 - SPARSITY}
     optimizer = fp.optim.ASWL(
         model_of(parameters), LR, sparsity=SPARSITY, momentum=MOMENTUM, **options
     )
-
-    def run() -> Stepped:
-        optimizer.step()
-        return Stepped(True, parameters)
-
-    return run
+    return stepping(optimizer.step, PRUNED, parameters)
 
 
-def fused_sgd(inputs: Inputs) -> Callable[[], Stepped]:
-    """Not ASWL: what the same update costs without attention and without a selection."""
-    parameters = inputs.parameters()
-    optimizer = torch.optim.SGD(parameters, LR, MOMENTUM, fused=True)
-
-    def run() -> Stepped:
-        optimizer.step()
-        return Stepped(False, parameters)
-
-    return run
-
-
-def eager(inputs: Inputs) -> Callable[[], Stepped]:
+def eager(inputs: Inputs) -> Step:
     """The published algorithm: restore, SGD, backup, a full sort of each layer, masks, scale."""
     parameters = inputs.parameters()
     layers = [p for p in parameters if p.dim() > 1]
@@ -93,7 +67,7 @@ def eager(inputs: Inputs) -> Callable[[], Stepped]:
             threshold = magnitude.flatten().sort().values[k]
             p.mul_((magnitude >= threshold).to(p.dtype)).mul_(factor)
 
-    def run() -> Stepped:
+    def step() -> None:
         factors = a.tolist()
         penalty = 10 * ((a * sizes).sum() / sizes.sum() - (1 - SPARSITY)) ** 2
         (pull,) = torch.autograd.grad(penalty, a)
@@ -111,25 +85,24 @@ def eager(inputs: Inputs) -> Callable[[], Stepped]:
                 d.copy_(p)
                 p.grad = g
         prune()
-        return Stepped(True, parameters)
 
     prune()
-    return run
+    return stepping(step, PRUNED, parameters)
 
 
-def first_steps(inputs: Inputs) -> dict[bool, list[Tensor]]:
+def first_steps(inputs: Inputs) -> dict[str, list[Tensor]]:
     """Parameters after one step from zero momentum, in float64; the density is at its target."""
     a = 1 - SPARSITY
-    results: dict[bool, list[Tensor]] = {True: [], False: []}
+    results: dict[str, list[Tensor]] = {PRUNED: [], PLAIN: []}
     for value, gradient in zip(inputs.values, inputs.gradients, strict=True):
         w, g = value.double(), gradient.double()
-        results[False].append(w - LR * g)
+        results[PLAIN].append(w - LR * g)
         if w.dim() == 1:
-            results[True].append(w - LR * g)
+            results[PRUNED].append(w - LR * g)
             continue
         shown = _pruned(w, 1 - a)
         after = min(max(a - ATTENTION_LR * float((g * shown).sum()), 0.01), 1.0)
-        results[True].append(after * _pruned(w - LR * a * g, 1 - after))
+        results[PRUNED].append(after * _pruned(w - LR * a * g, 1 - after))
     return results
 
 
@@ -139,37 +112,16 @@ def _pruned(w: Tensor, share: float) -> Tensor:
     return w * (w.abs() >= threshold)
 
 
-def check(expected: dict[bool, list[Tensor]], answer: Stepped) -> None:
-    for i, (wanted, got) in enumerate(zip(expected[answer.pruned], answer.parameters, strict=True)):
-        tolerance, least = (1e-5, 1e-3) if got.dtype == torch.float32 else (2**-7, 1e-2)
-        wrong = (got.detach().double() - wanted).abs() > tolerance * (least + wanted.abs())
-        # Rounding decides about those next to the threshold; in bf16 many tie at it.
-        ties = 16 if got.dtype == torch.float32 else wrong.numel() // 50 + 16
-        if int(wrong.sum()) > ties:
-            raise WrongAnswerError(f"parameters of tensor {i} differ after a step")
-
-
-def _case(label: str, dtype: str, shape_list: list[Shape]) -> Case:
-    elements = shapes.count(shape_list)
-    return Case(
-        name=f"aswl_step/{label}/{dtype}",
-        make=partial(make_inputs, shape_list, DTYPES[dtype]),
-        function=ours,
-        rivals={"torch SGD fused, no pruning": fused_sgd, "eager ASWL": eager},
-        expect=first_steps,
-        check=check,
-        reads=lambda inputs: [*inputs.values, *inputs.gradients],
-        bytes_moved=elements * BYTES[dtype],
-        # The gradient's factor, the momentum, the weight, the sum for the attention, the parameter.
-        flops=elements * 8,
-    )
-
-
 def definitions() -> Iterator[Case]:
-    for label, shape_list in (
-        ("resnet50", shapes.resnet50()),
-        ("tiny", shapes.TINY),
-        ("elements161", [(1,) * len(s) for s in shapes.resnet50()]),  # the fixed cost
-    ):
-        for dtype in DTYPES:
-            yield _case(label, dtype, shape_list)
+    sgd = partial(optimizer_steps.fused_sgd, lr=LR, momentum=MOMENTUM)
+    return step_cases(
+        "aswl_step",
+        ours,
+        {"torch SGD fused, no pruning": sgd, "eager ASWL": eager},
+        first_steps,
+        bytes_each=BYTES,
+        # The gradient's factor, the momentum, the weight, the sum for the attention, the parameter.
+        flops_each=8,
+        # Rounding decides about those next to the threshold; in bf16 many tie at it.
+        check=partial(optimizer_steps.check, tolerance=1e-5, ties=16, bf16_ties=0.02),
+    )

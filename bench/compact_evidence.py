@@ -1,6 +1,5 @@
 """Compaction on six architectures: outputs, parameters, file and latency beside the dense model."""
 
-import io
 from collections.abc import Callable
 from statistics import median
 from typing import Any
@@ -10,14 +9,15 @@ from torch import Tensor, nn
 
 import fastprune as fp
 from fastprune.optim import channel_groups
+from fastprune.train.measures import file_size
 
 from . import timing
+from .experiment import Fact
 
 SHARE = 0.5  # of the channels of every group
 ACCEPTED_ERROR = 1e-5  # of the largest output
 ROUNDS, BUDGET = 15, 60.0
 IMAGE = 224
-Fact = tuple[str, str, Any, str]  # subject, quantity, value, unit
 
 
 def architectures() -> dict[str, Callable[[], nn.Module]]:
@@ -73,12 +73,6 @@ def zero(group: dict[str, Any]) -> None:
     dead[torch.randperm(count)[: int(count * SHARE)]] = True
     for part in parts:
         part[dead.view(part.shape[0], -1)] = 0
-
-
-def file_size(model: nn.Module) -> int:
-    file = io.BytesIO()
-    torch.save(model.state_dict(), file)
-    return file.tell()
 
 
 def one_network(subject: str, make: Callable[[], nn.Module]) -> list[Fact]:

@@ -17,18 +17,18 @@ TINY = (1, 5, 33)
 NUM_SAMPLES = 64  # a batch with a draw for each example
 PRIOR = 1.0
 
+Operator = Callable[["Inputs", Tensor], Tensor]  # values of concentrations
+
 
 @dataclass(frozen=True)
 class Inputs:
-    """Concentrations of all layers, and the gradient that their draws get."""
+    """Concentrations of all layers, a prior for each, and the gradient that their draws get."""
 
     concentration: Tensor
     offsets: Tensor
     sizes: tuple[int, ...]
+    prior: Tensor
     gradient: Tensor
-
-    def leaf(self) -> Tensor:
-        return self.concentration.clone().requires_grad_()
 
     def mean(self) -> Tensor:
         parts = self.concentration.double().split(self.sizes)
@@ -45,55 +45,41 @@ def make_inputs(sizes: tuple[int, ...], device: torch.device, seed: int) -> Inpu
     random = torch.Generator(device).manual_seed(seed)
     numbers = torch.rand(2, sum(sizes), generator=random, device=device)
     offsets = torch.tensor([0, *sizes], device=device).cumsum(0)
-    return Inputs(0.5 + 3 * numbers[0], offsets, sizes, numbers[1] - 0.5)
+    prior = torch.full((len(sizes),), PRIOR, device=device)
+    return Inputs(0.5 + 3 * numbers[0], offsets, sizes, prior, numbers[1] - 0.5)
 
 
-def our_kl(inputs: Inputs) -> Callable[[], Answer]:
-    phi = inputs.leaf()
-    prior = phi.new_full((len(inputs.sizes),), PRIOR)
+def with_gradient(operator: Operator, inputs: Inputs) -> Callable[[], Answer]:
+    phi = inputs.concentration.clone().requires_grad_()
 
     def run() -> Answer:
-        kl = fp.ops.dirichlet_kl(phi, inputs.offsets, prior)
-        return Answer(kl.detach(), *torch.autograd.grad(kl.sum(), phi))
+        values = operator(inputs, phi)
+        # Of draws, which are a matrix; divergences are summed.
+        grad = inputs.gradient.expand_as(values) if values.dim() > 1 else torch.ones_like(values)
+        return Answer(values.detach(), *torch.autograd.grad(values, phi, grad))
 
     return run
 
 
-def torch_kl(inputs: Inputs) -> Callable[[], Answer]:
-    phi = inputs.leaf()
+def our_kl(inputs: Inputs, phi: Tensor) -> Tensor:
+    return fp.ops.dirichlet_kl(phi, inputs.offsets, inputs.prior)
 
+
+def torch_kl(inputs: Inputs, phi: Tensor) -> Tensor:
     def divergence(part: Tensor) -> Tensor:
         q, p = Dirichlet(part, False), Dirichlet(torch.full_like(part, PRIOR), False)
         return kl_divergence(q, p)
 
-    def run() -> Answer:
-        kl = torch.stack([divergence(part) for part in phi.split(inputs.sizes)])
-        return Answer(kl.detach(), *torch.autograd.grad(kl.sum(), phi))
-
-    return run
+    return torch.stack([divergence(part) for part in phi.split(inputs.sizes)])
 
 
-def our_draws(inputs: Inputs) -> Callable[[], Answer]:
-    phi = inputs.leaf()
-
-    def run() -> Answer:
-        samples = fp.ops.dirichlet_sample(phi, inputs.offsets, NUM_SAMPLES, 0, 0)
-        grad = inputs.gradient.expand_as(samples)
-        return Answer(samples.detach(), *torch.autograd.grad(samples, phi, grad))
-
-    return run
+def our_draws(inputs: Inputs, phi: Tensor) -> Tensor:
+    return fp.ops.dirichlet_sample(phi, inputs.offsets, NUM_SAMPLES, 0, 0)
 
 
-def torch_draws(inputs: Inputs) -> Callable[[], Answer]:
-    phi = inputs.leaf()
-
-    def run() -> Answer:
-        parts = [Dirichlet(p, False).rsample((NUM_SAMPLES,)) for p in phi.split(inputs.sizes)]
-        samples = torch.cat(parts, 1)
-        grad = inputs.gradient.expand_as(samples)
-        return Answer(samples.detach(), *torch.autograd.grad(samples, phi, grad))
-
-    return run
+def torch_draws(inputs: Inputs, phi: Tensor) -> Tensor:
+    draws = [Dirichlet(p, False).rsample((NUM_SAMPLES,)) for p in phi.split(inputs.sizes)]
+    return torch.cat(draws, 1)
 
 
 def expected_kl(inputs: Inputs) -> Answer:
@@ -143,8 +129,8 @@ def _case(operator: str, label: str, sizes: tuple[int, ...]) -> Case:
     return Case(
         name=f"{operator}/{label}/fp32",
         make=partial(make_inputs, sizes),
-        function=our_draws if draws else our_kl,
-        rivals={"torch.distributions": torch_draws if draws else torch_kl},
+        function=partial(with_gradient, our_draws if draws else our_kl),
+        rivals={"torch.distributions": partial(with_gradient, torch_draws if draws else torch_kl)},
         expect=expected_draws if draws else expected_kl,
         check=check_draws if draws else check_kl,
         reads=lambda inputs: [inputs.concentration],

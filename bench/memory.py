@@ -9,7 +9,7 @@ import ctypes
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,22 +56,23 @@ def warm_up(case: Case, candidate: str) -> None:
         tiny.candidates("cpu")[candidate](inputs)()
 
 
+def extra_of(call: Callable[[], object]) -> tuple[int, bool]:
+    """(bytes, exact): without a reset the mark of earlier work may hide the call's."""
+    return_free_heap()
+    exact = reset_peak()
+    before = status_bytes("VmRSS" if exact else "VmHWM")
+    call()
+    return max(status_bytes("VmHWM") - before, 0), exact
+
+
 def measure_here(case: Case, candidate: str) -> dict[str, Any]:
     """What the child process does."""
     inputs = case.make(torch.device("cpu"), 0)
     call = case.candidates("cpu")[candidate](inputs)
     warm_up(case, candidate)
-    return_free_heap()
-    exact = reset_peak()
-    before = status_bytes("VmRSS" if exact else "VmHWM")
-    answer = call()
-    peak = status_bytes("VmHWM")
-    del answer
-    return {
-        "extra": max(peak - before, 0),
-        "inputs": sum(t.nbytes for t in case.reads(inputs)),
-        "exact": exact,  # without a reset the mark of earlier work may hide the call's
-    }
+    extra, exact = extra_of(call)
+    inputs_size = sum(t.nbytes for t in case.reads(inputs))
+    return {"extra": extra, "inputs": inputs_size, "exact": exact}
 
 
 def measure(case: Case, candidate: str, threads: int) -> dict[str, Any]:

@@ -1,30 +1,31 @@
 """ProsPr on scikit-learn's digits beside its baselines, and its memory on ResNet-20."""
 
 import json
-import multiprocessing
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
 from functools import partial
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 import fastprune as fp
-from fastprune.train import accuracy, load_digits
-from fastprune.train.data import Digits
+from fastprune.train import load_digits
+from fastprune.train.loop import accuracy_on
+from fastprune.train.schedules import two_drops
 
 from . import memory, results
-from .gsm_evidence import BATCH, Fact, fit, network
+from .experiment import BATCH, Fact, accepted, fit, in_processes, in_words
+from .networks import digits_mlp, resnet20
 
 SPARSITY = 0.98
 SEEDS = tuple(range(12))
 STEPS = 1_500
+SCORING_BATCHES = 4
 # Of the means over the seeds, in percent. Scores come from batches as they are trained on: with
 # larger ones SNIP, which sees one batch where ProsPr sees four, comes closer.
 LEAST, LEAD, RANDOM_BELOW = 89.0, 3.0, 20.0
@@ -40,7 +41,7 @@ METHODS: dict[str, Masks] = {
     "random, ERK": lambda model, _: fp.random(model, fp.erk(model, SPARSITY)),
     "magnitude": lambda model, _: fp.magnitude(model, SPARSITY),
     "SNIP": scored(fp.snip),
-    "SNIP, as many batches as ProsPr": scored(fp.snip, num_batches=4),
+    "SNIP, as many batches as ProsPr": scored(fp.snip, num_batches=SCORING_BATCHES),
     "Iter-SNIP": scored(fp.iter_snip),
     "FORCE": scored(fp.force),
     "GraSP": scored(fp.grasp, min_kept_per_layer=1),
@@ -59,33 +60,20 @@ class Run(NamedTuple):
     num_kept: int
 
 
-def scoring_batches(digits: Digits, seed: int, count: int = 4) -> list[tuple[Tensor, Tensor]]:
-    order = torch.randperm(len(digits.train_labels), generator=torch.Generator().manual_seed(seed))
-    parts = order.split(BATCH)[:count]
-    return [(digits.train_images[part], digits.train_labels[part]) for part in parts]
-
-
 def one_run(method: str, seed: int) -> Run:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", UserWarning)  # of dead pixels: their scores are 0
     digits = load_digits(seed)
-    model = network(seed)
-    masks = METHODS[method](model, scoring_batches(digits, seed))
+    model = digits_mlp(seed)
+    masks = METHODS[method](model, digits.batches(BATCH, seed)[:SCORING_BATCHES])
     masks.apply(model)
     fp.mask_gradients(model, masks)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
-    fit(model, optimizer, digits, STEPS, seed)
+    data = digits.train_images, digits.train_labels
+    fit(model, optimizer, two_drops, *data, steps=STEPS, seed=seed)
     kept = fp.MaskSet.of(model)
     assert not any((kept[name] & ~mask).any() for name, mask in masks.items())
-    right = 100 * accuracy(model, digits.test_images, digits.test_labels)
-    return Run(method, seed, right, masks.num_kept)
-
-
-def all_runs(processes: int = 2) -> list[Run]:
-    jobs = [(method, seed) for method in METHODS for seed in SEEDS]
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=spawn) as pool:
-        return list(pool.map(one_run, *zip(*jobs, strict=True)))
+    return Run(method, seed, 100 * accuracy_on(digits, model), masks.num_kept)
 
 
 def accuracies(runs: list[Run], method: str) -> list[float]:
@@ -99,7 +87,7 @@ def facts(runs: list[Run]) -> list[Fact]:
         found += [
             (subject, "mean accuracy", round(mean(values), 2), "%"),
             (subject, "standard deviation", round(stdev(values), 2), "points"),
-            (subject, "accuracy, seeds", " ".join(f"{v:.2f}" for v in values), "%"),
+            (subject, "accuracy, seeds", in_words(values), "%"),
         ]
     return found
 
@@ -117,10 +105,8 @@ def failures(runs: list[Run]) -> list[str]:
 
 
 def measure() -> list[Fact]:
-    runs = all_runs()
-    if missed := failures(runs):
-        raise AssertionError("\n".join([*missed, *map(str, facts(runs))]))
-    return facts(runs)
+    runs = in_processes(one_run, [(method, seed) for method in METHODS for seed in SEEDS])
+    return accepted(facts(runs), failures(runs))
 
 
 # ---------------------------------------------------------------------- memory
@@ -128,35 +114,6 @@ def measure() -> list[Fact]:
 INNER_STEPS = (1, 3, 6)
 MEMORY_BATCH = 64
 MOST = 1.35  # times the memory of one step, with six
-
-
-class Block(nn.Module):
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-        self.stride = stride
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        shortcut = x[..., :: self.stride, :: self.stride]
-        return F.relu(y + F.pad(shortcut, (0, 0, 0, 0, 0, y.shape[1] - shortcut.shape[1])))
-
-
-def resnet20() -> nn.Sequential:
-    """For 32x32 images and ten classes: 268,336 weights in convolutions, 640 in the last layer."""
-
-    def blocks() -> Iterator[nn.Module]:
-        before = 16
-        for width in (16, 32, 64):
-            for i in range(3):
-                yield Block(before, width, 2 if i == 0 and width > 16 else 1)
-                before = width
-
-    stem = [nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
-    return nn.Sequential(*stem, *blocks(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
 
 
 def peak_here(steps: int) -> int:
@@ -169,15 +126,11 @@ def peak_here(steps: int) -> int:
     batches = list(zip(data, targets, strict=True))
     call = partial(fp.scores, "prospr", model, loss_fn=F.cross_entropy, inner_lr=0.1)
     call(batches=[(x[:2], y[:2]) for x, y in batches], steps=1)  # loads code, belongs to no call
-    memory.return_free_heap()
-    exact = memory.reset_peak()
-    before = memory.status_bytes("VmRSS" if exact else "VmHWM")
-    call(batches=batches, steps=steps)
-    return memory.status_bytes("VmHWM") - before
+    return memory.extra_of(partial(call, batches=batches, steps=steps))[0]
 
 
 def peak(steps: int) -> int:
-    command = [sys.executable, "-m", "bench.prospr_evidence", "--child", str(steps)]
+    command = [sys.executable, "-m", "bench.prospr_evidence", str(steps)]
     done = subprocess.run(command, cwd=results.ROOT, capture_output=True, text=True, timeout=900)
     if done.returncode:
         raise RuntimeError(f"{steps} inner steps: {done.stderr.strip()[-500:]}")
@@ -198,9 +151,5 @@ def measure_memory() -> list[Fact]:
     return found
 
 
-if __name__ == "__main__":
-    if sys.argv[1:2] == ["--child"]:
-        print(json.dumps(peak_here(int(sys.argv[2]))))
-    else:
-        for line in (*measure_memory(), *measure()):
-            print(*line, flush=True)
+if __name__ == "__main__":  # the child of `peak`
+    print(json.dumps(peak_here(int(sys.argv[1]))))

@@ -1,7 +1,6 @@
 """Cases of the SDprun step: beside torch's fused momentum SGD, and the method in eager torch."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -10,25 +9,15 @@ from torch import Tensor, nn
 
 import fastprune as fp
 
-from . import shapes
-from .case import Case, WrongAnswerError
-from .gsm_cases import DTYPES, Inputs, make_inputs
-from .shapes import Shape
+from . import optimizer_steps
+from .case import Case
+from .optimizer_steps import PLAIN, Inputs, Step, step_cases, stepping
 
 LR, C, MU = 0.01, 0.1, 0.6
 THRESHOLD = C * LR ** (0.5 + MU)  # of the first step
-MOMENTUM = {"lr": LR, "momentum": 0.9}
 # Bytes a parameter needs: the gradient and v are read, v and w written. The weight of a bf16
 # parameter and its gradient have two bytes; v has four.
 BYTES = {"fp32": 16, "bf16": 2 + 4 + 4 + 2}
-
-
-@dataclass(frozen=True)
-class Stepped:
-    """Parameters after steps of one kind; the first step is what is checked."""
-
-    kind: str
-    parameters: list[nn.Parameter]
 
 
 def row_groups(parameters: list[nn.Parameter]) -> list[dict[str, Any]]:
@@ -52,27 +41,13 @@ def coupled_groups(parameters: list[nn.Parameter]) -> list[dict[str, Any]]:
 GROUPINGS = {"rows": row_groups, "coupled": coupled_groups}
 
 
-def stepping(step: Callable[[], Any], kind: str, parameters: list[nn.Parameter]) -> Any:
-    def run() -> Stepped:
-        step()
-        return Stepped(kind, parameters)
-
-    return run
-
-
-def ours(grouping: str, inputs: Inputs) -> Callable[[], Stepped]:
+def ours(grouping: str, inputs: Inputs) -> Step:
     parameters = inputs.parameters()
     optimizer = fp.optim.SDprun(GROUPINGS[grouping](parameters), LR, c=C, mu=MU)
     return stepping(optimizer.step, grouping, parameters)
 
 
-def fused_sgd(inputs: Inputs) -> Callable[[], Stepped]:
-    """Not SDprun: momentum SGD, which moves 20 bytes of a float32 parameter."""
-    parameters = inputs.parameters()
-    return stepping(torch.optim.SGD(parameters, fused=True, **MOMENTUM).step, "plain", parameters)
-
-
-def eager(grouping: str, inputs: Inputs) -> Callable[[], Stepped]:
+def eager(grouping: str, inputs: Inputs) -> Step:
     """The method tensor by tensor, as an optimizer written in torch does it."""
     parameters = inputs.parameters()
     groups = GROUPINGS[grouping](parameters)
@@ -110,7 +85,7 @@ def first_steps(inputs: Inputs) -> dict[str, list[Tensor]]:
     stepped = [
         w.double() - LR * g.double() for w, g in zip(inputs.values, inputs.gradients, strict=True)
     ]
-    results = {"plain": stepped}
+    results = {PLAIN: stepped}
     parameters = [nn.Parameter(w) for w in stepped]
     for name, grouping in GROUPINGS.items():
         shrunk: dict[nn.Parameter, Tensor] = {}
@@ -126,31 +101,16 @@ def first_steps(inputs: Inputs) -> dict[str, list[Tensor]]:
     return results
 
 
-def check(expected: dict[str, list[Tensor]], answer: Stepped) -> None:
-    for i, (wanted, got) in enumerate(zip(expected[answer.kind], answer.parameters, strict=True)):
-        tolerance, least = (1e-6, 1e-3) if got.dtype == torch.float32 else (2**-7, 1e-2)
-        wrong = (got.detach().double() - wanted).abs() > tolerance * (least + wanted.abs())
-        if bool(wrong.any()):
-            raise WrongAnswerError(f"weights of tensor {i} differ after a step")
-
-
-def _case(grouping: str, label: str, dtype: str, shape_list: list[Shape]) -> Case:
-    elements = shapes.count(shape_list)
-    return Case(
-        name=f"sdprun_step.{grouping}/{label}/{dtype}",
-        make=partial(make_inputs, shape_list, DTYPES[dtype]),
-        function=partial(ours, grouping),
-        rivals={"torch SGD momentum fused": fused_sgd, "eager SDprun": partial(eager, grouping)},
-        expect=first_steps,
-        check=check,
-        reads=lambda inputs: [*inputs.values, *inputs.gradients],
-        bytes_moved=elements * BYTES[dtype],
-        flops=elements * 5,  # a multiply-add for v, one for the norm, a product for w
-    )
-
-
 def definitions() -> Iterator[Case]:
-    for label, shape_list in (("resnet50", shapes.resnet50()), ("tiny", shapes.TINY)):
-        for grouping in GROUPINGS:
-            for dtype in DTYPES:
-                yield _case(grouping, label, dtype, shape_list)
+    # Not SDprun: momentum SGD, which moves 20 bytes of a float32 parameter.
+    sgd = partial(optimizer_steps.fused_sgd, lr=LR, momentum=0.9)
+    for grouping in GROUPINGS:
+        yield from step_cases(
+            f"sdprun_step.{grouping}",
+            partial(ours, grouping),
+            {"torch SGD momentum fused": sgd, "eager SDprun": partial(eager, grouping)},
+            first_steps,
+            bytes_each=BYTES,
+            flops_each=5,  # a multiply-add for v, one for the norm, a product for w
+            labels=("resnet50", "tiny"),
+        )

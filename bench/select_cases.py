@@ -14,11 +14,10 @@ from fastprune.ops import Selection, reference
 
 from . import shapes
 from .case import Case, Eager, WrongAnswerError
-from .shapes import Shape
+from .shapes import DTYPES, Shape
 
 KEPT = 0.1
 BLOCK = (16, 1)
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -47,15 +46,9 @@ def make_inputs(
     device: torch.device,
     seed: int,
 ) -> Inputs:
-    """Weights as an initialisation scales them, gradients of one scale; filled where they lie."""
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def normal(shape: Shape, std: float) -> Tensor:
-        tensor = torch.empty(shape, dtype=dtype, device=device)
-        return tensor.normal_(0, std, generator=generator)
-
-    weights = [normal(shape, max(prod(shape[1:]), 1) ** -0.5) for shape in shape_list]
-    gradients = [normal(shape, 1e-3) for shape in shape_list] if saliency else []
+    random = torch.Generator(device).manual_seed(seed)
+    weights = shapes.random_weights(shape_list, dtype, random)
+    gradients = shapes.random_gradients(shape_list, dtype, random) if saliency else []
     return Inputs(weights, gradients, torch.tensor(counts, device=device))
 
 

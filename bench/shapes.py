@@ -1,9 +1,13 @@
-"""Lists of tensor shapes the cases run on."""
+"""The tensors that the cases run on: shapes, data types, and what they are filled with."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import prod
 
+import torch
+from torch import Tensor
+
 Shape = tuple[int, ...]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def resnet50() -> list[Shape]:
@@ -39,5 +43,23 @@ def elements350m() -> list[Shape]:
     return [(1000, 1000)] * 350
 
 
-def count(shapes: list[Shape]) -> int:
+def count(shapes: Sequence[Shape]) -> int:
     return sum(map(prod, shapes))
+
+
+def random_weights(
+    shapes: Sequence[Shape], dtype: torch.dtype, random: torch.Generator
+) -> list[Tensor]:
+    """As an initialisation scales them."""
+    return [_normal(s, max(prod(s[1:]), 1) ** -0.5, dtype, random) for s in shapes]
+
+
+def random_gradients(
+    shapes: Sequence[Shape], dtype: torch.dtype, random: torch.Generator
+) -> list[Tensor]:
+    return [_normal(s, 1e-3, dtype, random) for s in shapes]
+
+
+def _normal(shape: Shape, std: float, dtype: torch.dtype, random: torch.Generator) -> Tensor:
+    """Filled where it lies, on the generator's device."""
+    return torch.empty(shape, dtype=dtype, device=random.device).normal_(0, std, generator=random)

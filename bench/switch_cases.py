@@ -11,8 +11,8 @@ from torch import Tensor
 import fastprune as fp
 
 from .case import Case, Prepare, WrongAnswerError
+from .shapes import DTYPES
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Batch, channels, height, width: the issue's, a WideResNet's, an early layer's, a linear layer's.
 SHAPES = {
     "32x256x16x16": (32, 256, 16, 16),

@@ -26,6 +26,7 @@ from bench import (
     timing,
 )
 from bench.case import OURS, Case, WrongAnswerError
+from bench.experiment import SkippedError
 from bench.gpu_check import FAILED, MISSING, PASSED, TIMEOUT, Command, Stage
 
 TINY = "select_threshold/tiny/fp32"
@@ -245,9 +246,13 @@ def test_a_failed_experiment_does_not_stop_the_others(capsys: pytest.CaptureFixt
         raise RuntimeError("broken")
 
     def is_skipped() -> None:
-        raise evidence.SkippedError("no such machine")
+        raise SkippedError("no such machine")
 
-    experiments = {"fails": fails, "skips": is_skipped, "runs": lambda: ran.append(1)}
+    experiments: dict[str, evidence.Experiment] = {
+        "fails": ("", fails),
+        "skips": ("", is_skipped),
+        "runs": ("", lambda: ran.append(1)),
+    }
     assert evidence.run(list(experiments), experiments) == 1
     assert ran == [1]
     assert "skipped: no such machine" in capsys.readouterr().out

@@ -17,11 +17,9 @@ from ..optim import ASWL
 from ..reporting import plot_sparsities
 from .console import bar, print_table
 from .data import Digits
-from .loop import accuracy, train
+from .loop import accuracy_on, train_on
 
 SPARSITY = 0.9
-EPOCHS = 20
-BATCH = 64
 LR = 0.05
 DENSITY_WEIGHT = 100.0  # so that the total is reached in some hundred steps
 SCOPES: dict[str, Scope] = {"global magnitude": "global", "uniform magnitude": "layer"}
@@ -45,37 +43,24 @@ def prune_by_aswl(
     pictures: Path | None = None,
 ) -> list[AswlRow]:
     """ASWL, and magnitude after a dense training of the same length, all from the same start."""
-    steps = epochs * -(-len(digits.train_labels) // BATCH)
-
-    def trained(model: nn.Module, optimizer: torch.optim.Optimizer, title: str) -> None:
-        train(
-            model,
-            optimizer,
-            digits.train_images,
-            digits.train_labels,
-            epochs=epochs,
-            batch_size=BATCH,
-            seed=seed,
-            scheduler=_Recorded(optimizer, steps),
-            title=title,
-        )
 
     def row(method: str, model: nn.Module, masks: MaskSet) -> AswlRow:
-        right = accuracy(model, digits.test_images, digits.test_labels)
-        return AswlRow(method, masks, right, model)
+        return AswlRow(method, masks, accuracy_on(digits, model), model)
 
     learning = new_network()
     with warnings.catch_warnings():  # print_aswl says it
         warnings.simplefilter("ignore")
         optimizer = ASWL(learning, LR, sparsity=SPARSITY, density_weight=DENSITY_WEIGHT)
-    trained(learning, optimizer, f"ASWL, {SPARSITY:.0%} zeros")
+    title = f"ASWL, {SPARSITY:.0%} zeros"
+    train_on(digits, learning, optimizer, _Recorded, epochs=epochs, seed=seed, title=title)
     rows = [row("ASWL", learning, optimizer.finish())]
     if pictures is not None:
         pictures.mkdir(parents=True, exist_ok=True)
         plot_sparsities(optimizer.history(), pictures / "aswl_sparsities.png")
 
     dense = new_network()
-    trained(dense, torch.optim.SGD(dense.parameters(), LR, 0.9), "dense, for comparison")
+    sgd, title = torch.optim.SGD(dense.parameters(), LR, 0.9), "dense, for comparison"
+    train_on(digits, dense, sgd, CosineAnnealingLR, epochs=epochs, seed=seed, title=title)
     for method, scope in SCOPES.items():
         pruned = copy.deepcopy(dense)
         masks = magnitude(pruned, SPARSITY, scope=scope)
@@ -85,12 +70,13 @@ def prune_by_aswl(
 
 
 class _Recorded(CosineAnnealingLR):
-    """Keeps the layers' sparsities at each step, where there are any."""
+    """Keeps the layers' sparsities at each step."""
+
+    optimizer: ASWL
 
     def step(self, epoch: int | None = None) -> None:
         super().step(epoch)
-        if isinstance(self.optimizer, ASWL):
-            self.optimizer.record()
+        self.optimizer.record()
 
 
 def print_aswl(rows: list[AswlRow]) -> None:

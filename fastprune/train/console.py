@@ -22,6 +22,10 @@ def arrow() -> str:
     return "→" if _can_print("→") else "->"
 
 
+def change(form: str, *values: float) -> str:
+    return f" {arrow()} ".join(f"{value:{form}}" for value in values)
+
+
 def _can_print(text: str) -> bool:
     try:
         text.encode(sys.stdout.encoding or "utf-8")

@@ -16,6 +16,12 @@ class Digits(NamedTuple):
     test_images: Tensor
     test_labels: Tensor
 
+    def batches(self, size: int, seed: int) -> list[tuple[Tensor, Tensor]]:
+        """Those to train on, each once, in an order that comes from the seed."""
+        random = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(self.train_labels), generator=random).split(size)
+        return [(self.train_images[part], self.train_labels[part]) for part in order]
+
 
 def load_digits(seed: int = 0) -> Digits:
     """scikit-learn's handwritten digits, 1,400 to train on and 397 to test; no download."""

@@ -2,30 +2,25 @@
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
-from time import perf_counter
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from ..masks import MaskSet
 from ..methods import magnitude
 from ..methods.baselines import Scope
 from ..ops import build_info, global_topk
-from .aswl_demo import EPOCHS as ASWL_EPOCHS
 from .aswl_demo import AswlRow, print_aswl, prune_by_aswl
 from .console import arrow, bar, print_table
 from .data import Digits, load_digits
-from .dirichlet_demo import EPOCHS as DIRICHLET_EPOCHS
 from .dirichlet_demo import DirichletResult, print_dirichlet, prune_by_dirichlet
-from .gsm_demo import EPOCHS, GsmRow, print_gsm, prune_by_gsm
-from .loop import accuracy, train
-from .prospr_demo import EPOCHS as INITIAL_EPOCHS
+from .gsm_demo import GsmRow, print_gsm, prune_by_gsm
+from .loop import accuracy_on, train_on
+from .measures import seconds_in_turns
 from .prospr_demo import InitialRow, print_initial, prune_at_start
-from .sdprun_demo import EPOCHS as SDPRUN_EPOCHS
 from .sdprun_demo import SdprunResult, print_sdprun, prune_by_sdprun
 from .sparse_demo import SparseRow, print_sparse, speed_up
 
@@ -36,6 +31,17 @@ METHODS: dict[str, tuple[Scope, tuple[int, int]]] = {
     "magnitude, global, blocks of 4 outputs x 1 input": ("global", (4, 1)),
 }
 TIMED_SHAPES = [(512, 512)] * 16  # 4.2 million scores
+
+
+@dataclass(frozen=True)
+class Epochs:
+    """How long each part trains after the first, dense training."""
+
+    gsm: int = 60  # with a weight decay this high, passive weights fall below 1% of their start
+    aswl: int = 20
+    sdprun: int = 40
+    dirichlet: int = 10
+    initial: int = 20
 
 
 @dataclass(frozen=True)
@@ -102,11 +108,7 @@ def _conv_bn_relu(number: str, inputs: int, outputs: int) -> list[tuple[str, nn.
 def run_demo(
     *,
     epochs: int = 10,
-    gsm_epochs: int = EPOCHS,
-    aswl_epochs: int = ASWL_EPOCHS,
-    sdprun_epochs: int = SDPRUN_EPOCHS,
-    dirichlet_epochs: int = DIRICHLET_EPOCHS,
-    initial_epochs: int = INITIAL_EPOCHS,
+    of_parts: Epochs = Epochs(),
     seed: int = 0,
     shapes: list[tuple[int, int]] = TIMED_SHAPES,
     pictures: Path | None = None,
@@ -117,13 +119,13 @@ def run_demo(
     """
     digits = load_digits(seed)
     model = train_dense(digits, epochs, seed)
-    dense_accuracy = accuracy(model, digits.test_images, digits.test_labels)
+    dense_accuracy = accuracy_on(digits, model)
     rows = prune_all(model, digits)
-    gsm = prune_by_gsm(model, digits, gsm_epochs, seed)
-    aswl = prune_by_aswl(lambda: new_network(seed), digits, aswl_epochs, seed, pictures)
-    sdprun = prune_by_sdprun(new_network(seed), dense_accuracy, digits, sdprun_epochs, seed)
-    dirichlet = prune_by_dirichlet(model, digits, dirichlet_epochs, seed, pictures)
-    initial = prune_at_start(lambda: new_network(seed), digits, initial_epochs, seed)
+    gsm = prune_by_gsm(model, digits, of_parts.gsm, seed)
+    aswl = prune_by_aswl(lambda: new_network(seed), digits, of_parts.aswl, seed, pictures)
+    sdprun = prune_by_sdprun(new_network(seed), dense_accuracy, digits, of_parts.sdprun, seed)
+    dirichlet = prune_by_dirichlet(model, digits, of_parts.dirichlet, seed, pictures)
+    initial = prune_at_start(lambda: new_network(seed), digits, of_parts.initial, seed)
     selection = time_selection(shapes, seed)
     sparse = speed_up(aswl[0].network, digits)
     result = DemoResult(
@@ -142,17 +144,8 @@ def new_network(seed: int) -> nn.Sequential:
 def train_dense(digits: Digits, epochs: int, seed: int) -> nn.Module:
     model = new_network(seed)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
-    steps = epochs * -(-len(digits.train_labels) // 64)
-    train(
-        model,
-        optimizer,
-        digits.train_images,
-        digits.train_labels,
-        epochs=epochs,
-        seed=seed,
-        scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps),
-        title="training a small CNN on 1,400 digits",
-    )
+    title = "training a small CNN on 1,400 digits"
+    train_on(digits, model, optimizer, CosineAnnealingLR, epochs=epochs, seed=seed, title=title)
     return model
 
 
@@ -164,12 +157,11 @@ def prune_all(model: nn.Module, digits: Digits) -> list[PrunedModel]:
             masks = magnitude(model, sparsity, scope=scope, block=block)
             pruned = copy.deepcopy(model)
             masks.apply(pruned)
-            right = accuracy(pruned, digits.test_images, digits.test_labels)
-            rows.append(PrunedModel(method, sparsity, masks, right))
+            rows.append(PrunedModel(method, sparsity, masks, accuracy_on(digits, pruned)))
     return rows
 
 
-def time_selection(shapes: list[tuple[int, int]], seed: int, repeats: int = 5) -> SelectionTime:
+def time_selection(shapes: list[tuple[int, int]], seed: int) -> SelectionTime:
     """Both find the same threshold, checked; runs take turns, medians are reported."""
     random = torch.Generator().manual_seed(seed)
     scores = [torch.rand(shape, generator=random) for shape in shapes]
@@ -184,15 +176,7 @@ def time_selection(shapes: list[tuple[int, int]], seed: int, repeats: int = 5) -
 
     if not torch.equal(ours(), theirs()):
         raise RuntimeError("the thresholds of fastprune and kthvalue differ; please report this")
-    times = [(_seconds(ours), _seconds(theirs)) for _ in range(repeats)]
-    mine, kthvalue = (median(column) for column in zip(*times, strict=True))
-    return SelectionTime(total, mine, kthvalue)
-
-
-def _seconds(function: Callable[[], object]) -> float:
-    start = perf_counter()
-    function()
-    return perf_counter() - start
+    return SelectionTime(total, *seconds_in_turns(ours, theirs, repeats=5))
 
 
 def print_result(result: DemoResult) -> None:

@@ -10,14 +10,13 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from ..methods.dirichlet import dirichlet
 from ..reporting import plot_feature_maps, plot_posterior
-from .console import arrow, print_table
+from .console import arrow, change, print_table
 from .data import Digits
-from .loop import accuracy, train
-from .sdprun_demo import TIMED_IMAGES, milliseconds
+from .loop import accuracy_on, train_on
+from .measures import milliseconds, num_parameters
+from .sdprun_demo import TIMED_IMAGES
 
 PARAMETERS = 0.4  # the share that is left
-EPOCHS = 10
-BATCH = 64
 RANKING_BATCH = 16  # small, for more than a few steps in one epoch
 
 
@@ -37,12 +36,7 @@ def prune_by_dirichlet(
     model: nn.Module, digits: Digits, epochs: int, seed: int, pictures: Path | None = None
 ) -> DirichletResult:
     """Ranks in one epoch, prunes a copy and trains it for some more epochs."""
-    order = torch.randperm(len(digits.train_labels), generator=torch.Generator().manual_seed(seed))
-    batches = [
-        (digits.train_images[part], digits.train_labels[part])
-        for part in order.split(RANKING_BATCH)
-    ]
-    ranks = dirichlet(model, batches, F.cross_entropy)
+    ranks = dirichlet(model, digits.batches(RANKING_BATCH, seed), F.cross_entropy)
     kept = ranks.counts(model, parameters=PARAMETERS)
     if pictures is not None:
         pictures.mkdir(parents=True, exist_ok=True)
@@ -50,37 +44,21 @@ def prune_by_dirichlet(
         path = pictures / "dirichlet_feature_maps.png"
         plot_feature_maps(model, ranks, digits.test_images[:4], path, layer="conv2", module="relu2")
     small = ranks.prune(model, keep=kept)
-    pruned = accuracy(small, digits.test_images, digits.test_labels)
+    pruned = accuracy_on(digits, small)
     optimizer = torch.optim.SGD(small.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
-    train(
-        small,
-        optimizer,
-        digits.train_images,
-        digits.train_labels,
-        epochs=epochs,
-        batch_size=BATCH,
-        seed=seed,
-        scheduler=CosineAnnealingLR(optimizer, epochs * -(-len(digits.train_labels) // BATCH)),
-        title="Dirichlet pruning, fine-tuning",
-    )
+    title = "Dirichlet pruning, fine-tuning"
+    train_on(digits, small, optimizer, CosineAnnealingLR, epochs=epochs, seed=seed, title=title)
     return DirichletResult(
         {name: (len(channels), kept[name]) for name, channels in ranks.items()},
         (num_parameters(model), num_parameters(small)),
-        accuracy(model, digits.test_images, digits.test_labels),
+        accuracy_on(digits, model),
         pruned,
-        accuracy(small, digits.test_images, digits.test_labels),
+        accuracy_on(digits, small),
         milliseconds(model, small, digits.test_images[:TIMED_IMAGES]),
     )
 
 
-def num_parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 def print_dirichlet(result: DirichletResult) -> None:
-    def change(form: str, *values: float) -> str:
-        return f" {arrow()} ".join(f"{value:{form}}" for value in values)
-
     accuracies = (result.dense_accuracy, result.pruned_accuracy, result.accuracy)
     rows = [[name, change("d", *pair)] for name, pair in result.channels.items()]
     rows += [

@@ -1,11 +1,16 @@
 """Train and evaluate a classifier whose data fits in memory."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..progress import Progress
+from .data import Digits
+
+BATCH = 64  # of the digits
 
 
 def train(
@@ -53,3 +58,32 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor, *, batch_size: in
         right += int((model(x).argmax(1) == y).sum())
     model.train(was_training)
     return right / len(labels)
+
+
+def train_on(
+    digits: Digits,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: Callable[[torch.optim.Optimizer, int], LRScheduler],
+    *,
+    epochs: int,
+    seed: int,
+    title: str,
+) -> None:
+    """The schedule is made from the optimizer and the number of steps."""
+    steps = epochs * -(-len(digits.train_labels) // BATCH)
+    train(
+        model,
+        optimizer,
+        digits.train_images,
+        digits.train_labels,
+        epochs=epochs,
+        batch_size=BATCH,
+        seed=seed,
+        scheduler=schedule(optimizer, steps),
+        title=title,
+    )
+
+
+def accuracy_on(digits: Digits, model: nn.Module) -> float:
+    return accuracy(model, digits.test_images, digits.test_labels)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.optim.lr_scheduler import MultiStepLR
 
 from ..masks import MaskSet
 from ..methods.noise import random
@@ -15,11 +14,10 @@ from ..methods.snip import snip
 from ..optim import MaskedSGD
 from .console import print_table
 from .data import Digits
-from .loop import accuracy, train
+from .loop import BATCH, accuracy_on, train_on
+from .schedules import two_drops
 
 SPARSITY = 0.98
-EPOCHS = 20
-BATCH = 64
 SCORING_BATCHES = 4  # one for each inner step of ProsPr and one for the outer loss
 
 
@@ -51,20 +49,9 @@ def prune_at_start(
         model = make()
         masks = masks_of(method, model)
         optimizer = MaskedSGD(model.parameters(), 0.05, 0.9, weight_decay=5e-4, masks=masks)
-        steps = epochs * -(-len(digits.train_labels) // BATCH)
-        train(
-            model,
-            optimizer,
-            digits.train_images,
-            digits.train_labels,
-            epochs=epochs,
-            batch_size=BATCH,
-            seed=seed,
-            scheduler=MultiStepLR(optimizer, [steps * 6 // 10, steps * 8 // 10]),
-            title=f"{method}, {SPARSITY:.0%} zeros from the start",
-        )
-        right = accuracy(model, digits.test_images, digits.test_labels)
-        rows.append(InitialRow(method, masks.num_kept, right))
+        title = f"{method}, {SPARSITY:.0%} zeros from the start"
+        train_on(digits, model, optimizer, two_drops, epochs=epochs, seed=seed, title=title)
+        rows.append(InitialRow(method, masks.num_kept, accuracy_on(digits, model)))
     return rows
 
 

@@ -11,10 +11,10 @@ from ..deploy import sparsify
 from ..deploy.sparse_model import EAGER
 from .console import print_table
 from .data import Digits
-from .sdprun_demo import milliseconds
+from .measures import milliseconds
 
 BATCHES = (1, 16)
-REPEATS = 101
+REPEATS = 100
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,11 @@ from fastprune.masks import num_kept
 from fastprune.optim.decay import passive_residual
 from fastprune.train import accuracy, dirichlet_demo, gsm_demo, load_digits, train
 from fastprune.train.console import arrow, bar
-from fastprune.train.demo import METHODS, SPARSITIES, DemoResult, digits_cnn, run_demo
+from fastprune.train.demo import METHODS, SPARSITIES, DemoResult, Epochs, digits_cnn, run_demo
 
 SHORT: dict[str, Any] = {
     "epochs": 2,
-    "gsm_epochs": 2,
-    "aswl_epochs": 6,
-    "sdprun_epochs": 15,
-    "dirichlet_epochs": 3,
-    "initial_epochs": 3,
+    "of_parts": Epochs(gsm=2, aswl=6, sdprun=15, dirichlet=3, initial=3),
     "seed": 3,
     "shapes": [(64, 64)],
 }
@@ -134,7 +130,7 @@ def parameters_of(first: int, second: int, third: int) -> int:
 
 
 def test_the_schedule_of_the_demo_decays_passive_weights() -> None:
-    steps = gsm_demo.EPOCHS * 22
+    steps = Epochs().gsm * 22
 
     def lr(step: int) -> float:
         return gsm_demo.LR * 0.1 ** ((step >= steps * 6 // 10) + (step >= steps * 8 // 10))
